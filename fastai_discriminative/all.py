@@ -1,0 +1,7 @@
+"Everything meant for `from fastai_discriminative.all import *`, after `from fastai.vision.all import *`"
+from .registry import *
+from .trace import *
+from .groups import *
+from .presets import *
+from .families import *
+from .optimizer import *

@@ -1,0 +1,127 @@
+"The rules of the repository that no notebook shows: names, docments, cell lengths, the built package, stated versions"
+import ast,builtins,importlib,inspect,json,re,shutil,subprocess,sys,zipfile
+from pathlib import Path
+from fastcore.docments import docments
+import fastai.vision.all as fv,pytest
+
+root = Path(__file__).parent.parent
+pkg = root/'fastai_discriminative'
+notebooks = sorted(o for o in (root/'nbs').rglob('*.ipynb') if not any(p.startswith(('.','_')) for p in o.relative_to(root).parts))
+mods = [o.stem for o in sorted(pkg.glob('*.py')) if not o.stem.startswith('_') and o.stem!='all']
+# Names of ours that also stand in `fastai.vision.all`, each with its reason
+shadows_ok = {}
+# A star import must leave these to their owners: short, and everybody's
+generic = {'main','run','fit','test','data','model','models','layer','layers','group','groups','names','params','table','plot','find','load','save','scale','utils','config',
+    'recipes','sources','demo','preset','presets','family','families','regime','regimes','trace','order','near','errors','freeze','split','check','EPS','lr','lrs'}
+
+def _module(name): return importlib.import_module(f'fastai_discriminative.{name}')
+def _all(name): return getattr(_module(name), '__all__', [])
+def _tree(name): return ast.parse((pkg/f'{name}.py').read_text(encoding='utf-8'))
+def _files(folder='.'):
+    "Files that git has or would take, or every file where this is no git checkout"
+    res = subprocess.run(['git','ls-files','-co','--exclude-standard',folder], cwd=root, capture_output=True, text=True) if shutil.which('git') else None
+    if res and not res.returncode and res.stdout: return [o for o in res.stdout.splitlines() if (root/o).is_file()]
+    return [str(o.relative_to(root)) for o in (root/folder).rglob('*') if o.is_file() and '__pycache__' not in o.parts]
+
+@pytest.mark.parametrize('name', mods)
+def test_nothing_of_fastai_is_shadowed(name):
+    clash = [o for o in _all(name) if hasattr(fv, o) and getattr(fv, o) is not getattr(_module(name), o) and o not in shadows_ok]
+    assert not clash, f"{name}.__all__ hides names of fastai.vision.all: {clash}"
+
+def test_star_import_gives_our_names_only():
+    rooms = [o.module for o in _tree('all').body if isinstance(o, ast.ImportFrom)]
+    ns = {}
+    exec('from fastai_discriminative.all import *', ns)
+    got,want = {o for o in ns if not o.startswith('__')},{o for m in rooms for o in _all(m)}
+    assert got==want, f"more or less than the rooms' names: {sorted(got^want)}"
+
+def test_no_generic_names():
+    ns = [(m,o) for m in mods if m in (r.module for r in _tree('all').body if isinstance(r, ast.ImportFrom)) for o in _all(m)]
+    bad = [f'{m}.{o}' for m,o in ns if o in generic or hasattr(builtins, o) or o in sys.stdlib_module_names or len(o)<4]
+    assert not bad, f"too generic for a star import: {bad}"
+
+def _returns(f):
+    "Does `f` return a value, its nested functions aside?"
+    def _walk(o):
+        for c in ast.iter_child_nodes(o):
+            if isinstance(c, (ast.FunctionDef,ast.AsyncFunctionDef,ast.Lambda,ast.ClassDef)): continue
+            yield c
+            yield from _walk(c)
+    return any(isinstance(o, ast.Return) and o.value is not None for o in _walk(f))
+
+def _decorated(o, name): return any(name in ast.unparse(d) for d in o.decorator_list)
+
+def _patched_classes(o):
+    "Names of the classes that `@patch` adds function `o` to, from the annotation of its first argument"
+    return re.findall(r'[A-Za-z_][\w.]*', ast.unparse(o.args.args[0].annotation))
+
+def _inherited(cls, name): return any(name in vars(b) for b in cls.__mro__[1:-1])
+
+def _public(name):
+    "Public functions, dataclasses and methods (patched ones too, overriding ones not) of a module, as `(qualified name, node, object, is a method)`"
+    mod = _module(name)
+    for o in _tree(name).body:
+        if getattr(o, 'name', '_').startswith('_'): continue
+        if isinstance(o, ast.FunctionDef) and not _decorated(o, 'patch'): yield o.name,o,getattr(mod, o.name),False
+        elif isinstance(o, ast.FunctionDef):
+            for c,cls in ((c, eval(c, vars(mod))) for c in _patched_classes(o)):
+                if not _inherited(cls, o.name): yield f'{c}.{o.name}',o,inspect.getattr_static(cls, o.name),True
+        elif isinstance(o, ast.ClassDef):
+            cls = getattr(mod, o.name)
+            if _decorated(o, 'dataclass'): yield o.name,o,cls,False
+            for m in o.body:
+                if not isinstance(m, ast.FunctionDef) or (m.name.startswith('_') and m.name not in ('__init__','__call__')): continue
+                if _decorated(m, '.setter') or _inherited(cls, m.name): continue
+                yield f'{o.name}.{m.name}',m,inspect.getattr_static(cls, m.name),True
+
+def _undocumented(qual, node, obj, method):
+    "What has no docment in `obj`: the docstring, parameters or the returned value"
+    obj = inspect.unwrap(getattr(obj, 'fget', None) or getattr(obj, 'func', None) or getattr(obj, '__func__', None) or obj)
+    docs = docments(obj, returns=True)
+    if _decorated(node, 'property'): return [] if docs.get('return') or ast.get_docstring(node) else [f'{qual}: docstring']
+    if isinstance(node, ast.ClassDef): return [f'{qual}.{o.target.id}' for o in node.body if isinstance(o, ast.AnnAssign) and not docs.get(o.target.id)]
+    a = node.args
+    pars = [o.arg for o in [*a.posonlyargs, *a.args, *a.kwonlyargs]][method and not _decorated(node, 'staticmethod'):]
+    pars += [o.arg for o in (a.vararg,a.kwarg) if o is not None and o.arg in docs]
+    miss = [f'{qual}({p})' for p in pars if not docs.get(p)]
+    if _returns(node) and not docs.get('return'): miss.append(f'{qual} -> ?')
+    if not ast.get_docstring(node) and node.name not in ('__init__','__call__'): miss.append(f'{qual}: docstring')
+    return miss
+
+@pytest.mark.parametrize('name', mods)
+def test_everything_public_has_docments(name):
+    miss = [o for p in _public(name) for o in _undocumented(*p)]
+    assert not miss, f"no docment: {miss}"
+
+@pytest.mark.parametrize('nb', notebooks, ids=lambda o: o.stem)
+def test_exported_cells_are_short(nb):
+    cells = [''.join(o['source']).split('\n') for o in json.loads(nb.read_text(encoding='utf-8'))['cells'] if o['cell_type']=='code']
+    long = [f"{len(c)} lines: {c[1][:60]}" for c in cells if re.match(r'#\|\s*export', c[0]) and len(c)>50]
+    assert not long, f"exported cells above 50 lines: {long}"
+
+def test_wheel_holds_every_file_of_the_package(tmp_path):
+    for o in [*_files('fastai_discriminative'), 'pyproject.toml', 'README.md', 'LICENSE']:
+        (tmp_path/'src'/o).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/o, tmp_path/'src'/o)
+    cmd = 'import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])'
+    res = subprocess.run([sys.executable, '-c', cmd, str(tmp_path)], cwd=tmp_path/'src', capture_output=True, text=True)
+    assert not res.returncode, res.stderr[-2000:]
+    held = set(zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist())
+    miss = [o for o in _files('fastai_discriminative') if o not in held]
+    assert not miss, f"not in the wheel: {miss}"
+
+def _bounds(lines): return dict(m.groups() for o in lines if (m := re.match(r'([\w.-]+)\s*[>=]=\s*([\d.]+?)(?:\.\*)?$', o.strip())))
+
+def test_stated_versions_are_those_of_the_oldest_run():
+    deps = re.search(r'^dependencies = (\[.*?\])', (root/'pyproject.toml').read_text(encoding='utf-8'), re.M|re.S)[1]
+    stated,run = _bounds(ast.literal_eval(deps)),_bounds((root/'tools/oldest.txt').read_text(encoding='utf-8').split('\n'))
+    assert stated and stated=={k:run.get(k) for k in stated}
+
+def test_no_paths_of_one_machine():
+    home = re.compile(r'(?<![\w.])/(?:home|root|Users)/\w')
+    bad = []
+    for o in _files():
+        try: text = (root/o).read_text(encoding='utf-8')
+        except UnicodeDecodeError: continue
+        bad += [f'{o}: {l.strip()[:80]}' for l in text.split('\n') if home.search(l)]
+    assert not bad, f"paths that only one machine has: {bad}"
