@@ -12,23 +12,24 @@ from PIL import Image, ImageDraw, features
 Image.MAX_IMAGE_PIXELS = None  # `_load` has its own limit
 PKG,ROOT = 'openclipart-png','usr/share/openclipart/png'
 # class -> folders of the package that it takes; a leading '-' leaves a folder or a file out (by prefix)
-CLASSES = dict(
-    animals   = 'animals -animals/fantasy',
-    buildings = 'buildings -buildings/furniture',
-    clothing  = 'people/clothing -people/clothing/pantyhose',
-    devices   = 'computer/hardware computer/icons/etiquette-theme/devices computer/icons/flat-theme/device computer/icons/lemon-theme/devices electronics '
-                'office/telephone -electronics/battery',
-    flags     = 'signs_and_symbols/flags -signs_and_symbols/flags/semaphore -signs_and_symbols/flags/historic',
-    food      = 'food',
-    music     = 'recreation/music',
-    people    = 'people -people/clothing -people/smilies -people/bodypart -people/stickmen',
-    plants    = 'plants',
-    sports    = 'recreation/sports',
-    tools     = 'tools -tools/weapons -tools/toys',
-    transport = 'transportation -transportation/roadsigns -transportation/aiga-symbols')
+_lines = """
+animals    animals -animals/fantasy
+buildings  buildings -buildings/furniture
+clothing   people/clothing -people/clothing/pantyhose
+devices    computer/hardware computer/icons/etiquette-theme/devices computer/icons/flat-theme/device computer/icons/lemon-theme/devices electronics office/telephone
+flags      signs_and_symbols/flags -signs_and_symbols/flags/semaphore -signs_and_symbols/flags/historic
+food       food
+music      recreation/music
+people     people -people/clothing -people/smilies -people/bodypart -people/stickmen
+plants     plants
+sports     recreation/sports
+tools      tools -tools/weapons -tools/toys
+transport  transportation -transportation/roadsigns -transportation/aiga-symbols"""
+CLASSES = {c:' '.join(spec) for c,*spec in map(str.split, _lines.strip().splitlines())}
 # left out by file name: photographs of known people, copies of well-known works, pictures that render as 'Linked Image Not Found', nudes, and strays
-SKIP = re.compile('martin_luther|john_coltrane|jazz_enrique|brozo_the|my_lovely_baby|van_gogh|jacob_leisler|stylized_yoga|stripper|sexy_lady|hide_girl|'
-                  'female_rollandin|elfish_girl|silhouette_(fe)?male|safety_pin|samoa_tatoo|fire_engine|gender_|ampelfrau|ampelmaenn')
+_skip = """martin_luther john_coltrane jazz_enrique brozo_the my_lovely_baby van_gogh jacob_leisler stylized_yoga gabbiano_architetto stripper sexy_lady hide_girl
+female_rollandin elfish_girl silhouette_female silhouette_male safety_pin samoa_tatoo fire_engine gender_ ampelfrau ampelmaenn"""
+SKIP = re.compile('|'.join(_skip.split()))
 
 def _members(root, spec):
     "Files of the class `spec`, sorted; links between categories are left out: an image with two labels teaches neither"
@@ -75,8 +76,10 @@ def select(root, cap, side, bits, col):
     labels,keep = np.array([o[0] for o in ims]),np.ones(len(ims), bool)
     for i,(c,_,_,h) in enumerate(ims):
         near = np.flatnonzero(_same(h, (H,C), bits, col))
-        if (labels[_same(h, (H,C), bits//2, col/2)]!=c).any(): keep[i] = False; drop['two_classes'] += 1
-        elif keep[near[near<i]].any(): keep[i] = False; drop['near_duplicate'] += 1
+        why = 'two_classes' if (labels[_same(h, (H,C), bits//2, col/2)]!=c).any() else 'near_duplicate' if keep[near[near<i]].any() else None
+        if why is None: continue
+        keep[i] = False
+        drop[why] += 1
     res = {}
     for c in CLASSES:
         mine = sorted((o for o,k in zip(ims, keep) if k and o[0]==c), key=lambda o: hashlib.sha1(o[1].encode()).hexdigest())
@@ -154,7 +157,7 @@ def main():
     size = write_zip(sets, a.out, a.fmt, a.q)
     ns = {c:len(o) for c,o in sets.items()}
     rows = '\n'.join(f'| {c} | {n} | {CLASSES[c]} |' for c,n in ns.items())
-    a.out.with_suffix('.md').write_text(CARD.format(ext=a.fmt, n=sum(ns.values()), side=a.side, fmt={'webp':'WebP','jpg':'JPEG','png':'PNG'}[a.fmt], q=a.q, mb=size/1e6, pkg=PKG,
+    a.out.with_suffix('.md').write_text(CARD.format(ext=a.fmt, n=sum(ns.values()), side=a.side, fmt=dict(webp='WebP', jpg='JPEG', png='PNG')[a.fmt], q=a.q, mb=size/1e6, pkg=PKG,
         version=version, sha=hashlib.sha256(a.out.read_bytes()).hexdigest(), rows=rows, pil=PIL.__version__, webp=features.version('webp'), cap=a.cap,
         lo=min(ns.values()), hi=max(ns.values()), **drop))
     print(f'{sum(ns.values())} images, {size/1e6:.2f} MB', ns, drop)
