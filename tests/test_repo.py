@@ -55,7 +55,9 @@ def _patched_classes(o):
     "Names of the classes that `@patch` adds function `o` to, from the annotation of its first argument"
     return re.findall(r'[A-Za-z_][\w.]*', ast.unparse(o.args.args[0].annotation))
 
-def _inherited(cls, name): return any(name in vars(b) for b in cls.__mro__[1:-1])
+def _inherited(cls, name):
+    "Is method `name` of `cls` part of a contract that is documented elsewhere: that of a base class, or fastai's events?"
+    return any(name in vars(b) for b in cls.__mro__[1:-1]) or (issubclass(cls, fv.Callback) and hasattr(fv.event, name))
 
 def _public(name):
     "Public functions, dataclasses and methods (patched ones too, overriding ones not) of a module, as `(qualified name, node, object, is a method)`"
@@ -98,6 +100,12 @@ def test_exported_cells_are_short(nb):
     cells = [''.join(o['source']).split('\n') for o in json.loads(nb.read_text(encoding='utf-8'))['cells'] if o['cell_type']=='code']
     long = [f"{len(c)} lines: {c[1][:60]}" for c in cells if re.match(r'#\|\s*export', c[0]) and len(c)>50]
     assert not long, f"exported cells above 50 lines: {long}"
+
+@pytest.mark.parametrize('nb', notebooks, ids=lambda o: o.stem)
+def test_directives_of_markdown_cells_are_whole(nb):
+    cells = [''.join(o['source']) for o in json.loads(nb.read_text(encoding='utf-8'))['cells'] if o['cell_type']=='markdown']
+    bad = [o[:60] for o in cells if re.match(r'#?\s*\|\s*(export|hide)', o) and not o.startswith('#|')]
+    assert not bad, f"these cells begin with a directive that lost its `#` (`#| export`), so that it is printed and not obeyed: {bad}"
 
 def test_wheel_holds_every_file_of_the_package(tmp_path):
     for o in [*_files('fastai_discriminative'), 'pyproject.toml', 'README.md', 'LICENSE']:
