@@ -5,3 +5,4 @@ from .groups import *
 from .presets import *
 from .families import *
 from .optimizer import *
+from .learner import *

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Layer', 'Backbone', 'ParamLists', 'LayerGroup', 'LayerGroups', 'layer_groups', 'Splitter', 'check_splitter']
 
-# %% ../nbs/02_groups.ipynb #90426c34
+# %% ../nbs/02_groups.ipynb #6e0f33d7
 import pickle,re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import ceil
 from os.path import commonprefix
 
 import numpy as np
@@ -21,35 +22,31 @@ from .registry import *
 from .registry import _arch_of,_near,_split_arch
 from .trace import *
 
-# %% ../nbs/02_groups.ipynb #42253e9d
+# %% ../nbs/02_groups.ipynb #fd531717
 def _clean(name): return '.'.join(o for o in name.removeprefix('module.').split('.') if o!='_orig_mod')
 
 def _named_params(model): return {_clean(n):p for n,p in model.named_parameters()}
 
-# %% ../nbs/02_groups.ipynb #3f8f9dfd
+# %% ../nbs/02_groups.ipynb #d359590d
 @dataclass
 class Layer:
     "A block of a model that is never split over two groups"
     param_names:tuple # Names of its parameters in the whole model
     n_params:int # Number of values in them
     small:bool # Only norms, biases, tokens: such a layer rides with a neighbour
-    label:str='' # What to call it
+    name:str # What to call it
 
     @property
-    def name(self): return self.label or _label(self.param_names)
-    @property
-    def stage(self): return re.sub(r'\.?\d+[^\d]*$', '', self.name.rpartition(', ')[2]) or self.name
+    def stage(self): return re.sub(r'\.?\d+[^\d]*$', '', self.name) or self.name
 
-# %% ../nbs/02_groups.ipynb #e2aada03
+# %% ../nbs/02_groups.ipynb #b65f8d62
 def _label(names):
     "What parameter `names` have in common: `['a.0.w', 'a.0.b']` -> `'a.0'`"
     parts = [n.split('.') for n in names]
     common = commonprefix(parts)
-    if common: return '.'.join(common).removesuffix('.weight').removesuffix('.bias')
-    heads = list(dict.fromkeys(p[0] for p in parts))
-    return ', '.join(heads[:2]) + (', ...' if len(heads)>2 else '')
+    return '.'.join(common).removesuffix('.weight').removesuffix('.bias')
 
-# %% ../nbs/02_groups.ipynb #37247bbd
+# %% ../nbs/02_groups.ipynb #bb4737c3
 @dataclass
 class Backbone:
     "A known model inside another one"
@@ -66,7 +63,7 @@ def _is_known(m):
     f = find_family(m)
     return f if f.registered else None
 
-# %% ../nbs/02_groups.ipynb #bdfadc8d
+# %% ../nbs/02_groups.ipynb #163bfbe2
 def _cut_body(model):
     "Name and module of the body in a model that fastai made from a cut one"
     if isinstance(model, nn.Sequential) and len(model)==2: return '0.', model[0]
@@ -83,17 +80,18 @@ def _find_backbone(model, arch=None):
     f = find_family(arch)
     if body is not None and f.registered: return Backbone(prefix, body, f, getattr(arch, '__name__', str(arch)))
 
-# %% ../nbs/02_groups.ipynb #154ed75f
+# %% ../nbs/02_groups.ipynb #0ca57af5
 def _classifier_names(m):
     "Prefixes of the classifier layers of a timm or torchvision model `m`"
     cfg = getattr(m, 'pretrained_cfg', None) or getattr(m, 'default_cfg', None)
     names = (cfg.get('classifier') if isinstance(cfg, dict) else getattr(cfg, 'classifier', None)) or ()
     return tuple(f'{o}.' for o in ([names] if isinstance(names, str) else names))
 
-# %% ../nbs/02_groups.ipynb #00134251
-def _as_layer(ps, label=''):
-    "A `Layer` from `ps` (name -> parameter)"
-    return Layer(tuple(ps), sum(p.numel() for p in ps.values()), all(p.ndim<=1 for p in ps.values()), label)
+# %% ../nbs/02_groups.ipynb #52cec415
+def _as_layer(ps, part=None, small=False):
+    "A `Layer` from `ps` (name -> parameter), called after its largest `part` (a list of names)"
+    small = small or all(p.ndim<=1 for p in ps.values())
+    return Layer(tuple(ps), sum(p.numel() for p in ps.values()), small, _label(part or ps) or _label([max(ps, key=lambda n: ps[n].numel())]))
 
 def _item_params(o):
     "Parameters of what a family yields: a module, a parameter, `None`, or a list or tuple of those"
@@ -102,16 +100,18 @@ def _item_params(o):
     if isinstance(o, nn.Module): return o.parameters()
     return (p for i in o for p in _item_params(i))
 
-# %% ../nbs/02_groups.ipynb #1bd41c9c
+# %% ../nbs/02_groups.ipynb #0f6e6cea
 def _collect(items, params):
     "`Layer`s of what `items` hold of `params` (name -> parameter), and the names that none of them holds"
     names,res = {id(p):n for n,p in params.items()},[]
+    def _take(o): return [n for n in (names.pop(id(p), None) for p in _item_params(o)) if n]
     for item in items:
-        ns = [n for n in (names.pop(id(p), None) for p in _item_params(item)) if n]
-        if ns: res.append(_as_layer({n:params[n] for n in ns}))
+        parts = list(filter(None, map(_take, item if isinstance(item, (list,tuple)) else [item])))
+        big = max(parts, key=lambda ns: sum(params[n].numel() for n in ns), default=None)
+        if big: res.append(_as_layer({n:params[n] for ns in parts for n in ns}, big, isinstance(item, nn.Parameter)))
     return res,list(names.values())
 
-# %% ../nbs/02_groups.ipynb #699fafd4
+# %% ../nbs/02_groups.ipynb #2a1c95df
 def _timm_layers(m, params):
     "Layers of timm model `m` by its `group_matcher`; `None` where there is none, or it leaves any of `params` unmatched"
     unmatched = '<unmatched>'
@@ -120,7 +120,7 @@ def _timm_layers(m, params):
     *body,last = [groups[k] for k in sorted(groups)]
     return [_as_layer({n:params[n] for n in g}) for g in body] if last==[unmatched] else None
 
-# %% ../nbs/02_groups.ipynb #6f545b5f
+# %% ../nbs/02_groups.ipynb #26d8b60f
 _containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def _has_params(m): return next(m.parameters(), None) is not None
@@ -133,7 +133,7 @@ def _children(m, name):
         if type(c) in _containers: yield from _children(c, dot+n)
         elif _has_params(c): yield dot+n,c
 
-# %% ../nbs/02_groups.ipynb #97d83ca6
+# %% ../nbs/02_groups.ipynb #f5436883
 def _numel(o): return o.numel() if isinstance(o, nn.Parameter) else sum(p.numel() for p in o.parameters())
 
 def _parts(model, min_n=10, max_n=150, share=0.25):
@@ -147,7 +147,7 @@ def _parts(model, min_n=10, max_n=150, share=0.25):
         parts = [q for n,o in parts for q in (_children(o, n) if n in sizes and type(o) is cls else [(n,o)])]
     return parts
 
-# %% ../nbs/02_groups.ipynb #341511f1
+# %% ../nbs/02_groups.ipynb #65811761
 def _check_unused(model, tr):
     ps = dict(model.named_parameters())
     idle = [n for n in tr.unused if ps[n].requires_grad]
@@ -163,8 +163,8 @@ def _traced_layers(model, params, x=None, input_size=None):
     layers += [_as_layer({n:params[n]}) for n in rest]
     return sorted(layers, key=lambda l: min((pos[n] for n in l.param_names if n in pos), default=-1))
 
-# %% ../nbs/02_groups.ipynb #c97010bf
-def _join(a, b, label): return Layer(a.param_names+b.param_names, a.n_params+b.n_params, a.small and b.small, label)
+# %% ../nbs/02_groups.ipynb #ae554cb1
+def _join(a, b, name): return Layer(a.param_names+b.param_names, a.n_params+b.n_params, a.small and b.small, name)
 
 def _merge_small(layers):
     "`layers` with each small one merged into its neighbour"
@@ -174,7 +174,7 @@ def _merge_small(layers):
         else: res.append(l)
     return res
 
-# %% ../nbs/02_groups.ipynb #61cb3695
+# %% ../nbs/02_groups.ipynb #f788ede3
 def _partition(layers, k):
     "Where to cut `layers` into `k` runs: the start of each"
     n,tot = len(layers),sum(l.n_params for l in layers)
@@ -191,15 +191,22 @@ def _partition(layers, k):
     for g in range(k-1,-1,-1): starts.append(int(back[g,starts[-1]-1]))
     return starts[:0:-1]
 
-# %% ../nbs/02_groups.ipynb #4ef3acb2
+# %% ../nbs/02_groups.ipynb #ad694f9d
+def _natural(layers, most=0.4):
+    "Starts of the stages of `layers`, long ones cut into equal runs"
+    n = len(layers)
+    edges = [i for i,l in enumerate(layers) if i==0 or l.stage!=layers[i-1].stage] + [n]
+    cuts = [(a, b-a, min(b-a, ceil((b-a)/(most*n)))) for a,b in zip(edges, edges[1:])]
+    return [a + round(i*size/k) for a,size,k in cuts for i in range(k)]
+
 def _starts(layers, n_body):
     "Start of each of `n_body` groups (a number, `'block'`, or `None` for the natural ones)"
     if n_body=='block': return list(range(len(layers)))
     if n_body is not None: return _partition(layers, n_body) if n_body else []
-    stages = [i for i,l in enumerate(layers) if i==0 or l.stage!=layers[i-1].stage]
-    return stages if 3<=len(stages)<=9 else _starts(layers, min(5, len(layers)))
+    starts = _natural(layers)
+    return starts if 3<=len(starts)<=9 else _starts(layers, min(6, len(layers)))
 
-# %% ../nbs/02_groups.ipynb #5bc74c53
+# %% ../nbs/02_groups.ipynb #075fb590
 def _n_body(n_groups, n_layers, has_head, what):
     "Number of body groups for `n_groups`, checked"
     most = n_layers+has_head
@@ -212,7 +219,7 @@ def _n_body(n_groups, n_layers, has_head, what):
         raise SplitterError(f"{what} has {n_layers} layers{' and a head' if has_head else ''}, so n_groups={n_groups} is impossible. Use {rng}.")
     return int(n_groups)-has_head
 
-# %% ../nbs/02_groups.ipynb #a5014787
+# %% ../nbs/02_groups.ipynb #bd01edfc
 class ParamLists(list):
     "What a fastai splitter returns, with the parameters' names"
     def __init__(self,
@@ -224,7 +231,7 @@ class ParamLists(list):
         super().__init__(lists)
         self.names,self.no_wd,self.group_names = list(names),frozenset(no_wd),list(group_names)
 
-# %% ../nbs/02_groups.ipynb #9644aa09
+# %% ../nbs/02_groups.ipynb #4bfaabc6
 @dataclass(frozen=True)
 class LayerGroup:
     "Layers that train with one learning rate"
@@ -236,13 +243,13 @@ class LayerGroup:
     n_params:int # Number of values in its parameters
     is_head:bool=False # Is it the new head?
 
-# %% ../nbs/02_groups.ipynb #3b2174f8
+# %% ../nbs/02_groups.ipynb #e09826d9
 def _group_name(run):
     "Name of a group of layers: `blocks.0`, `blocks.0-3`, `conv_stem ... blocks.1.0`"
     a,b = run[0],run[-1]
     if len(run)==1: return a.name
-    ends = [re.search(r'(\d+)[^\d]*$', o.name) for o in run[::len(run)-1]]
-    return f'{a.name}-{ends[1][1]}' if a.stage==b.stage and all(ends) else f'{a.name} ... {b.name}'
+    i,j = (re.search(r'^(.*\d)\D*$', o.name) for o in (a,b))
+    return f"{i[1]}-{re.search('[0-9]+$', j[1])[0]}" if i and j and a.stage==b.stage else f'{a.name} ... {b.name}'
 
 def _as_groups(layers, head, starts, prefix):
     "`LayerGroup`s of runs of `layers` that begin at `starts`, and of the `head` (name -> parameter)"
@@ -250,11 +257,11 @@ def _as_groups(layers, head, starts, prefix):
     for s,e in zip(starts, [*starts[1:], n]):
         run = layers[s:e]
         names = tuple(prefix+o for l in run for o in l.param_names)
-        res.append(LayerGroup(_group_name(run), names, tuple(l.name for l in run), (s+e-1)/2/n, (s/n, (e-1)/n), sum(l.n_params for l in run)))
+        res.append(LayerGroup(_group_name(run).replace('head', 'pretrained head'), names, tuple(l.name for l in run), (s+e-1)/2/n, (s/n, (e-1)/n), sum(l.n_params for l in run)))
     if head: res.append(LayerGroup('head', tuple(head), ('head',), 1., (1.,1.), sum(p.numel() for p in head.values()), True))
     return res
 
-# %% ../nbs/02_groups.ipynb #d7a6680e
+# %% ../nbs/02_groups.ipynb #305ff362
 def _text_table(cols, rows):
     "Plain text table; columns of numbers are right-aligned"
     cells = [list(cols)] + [[str(o) for o in r] for r in rows]
@@ -268,7 +275,7 @@ def _html_table(cols, rows):
     tr = lambda r,t: '<tr>' + ''.join(f'<{t}>{escape(str(o))}</{t}>' for o in r) + '</tr>'
     return f"<table><thead>{tr(cols, 'th')}</thead><tbody>{''.join(tr(r, 'td') for r in rows)}</tbody></table>"
 
-# %% ../nbs/02_groups.ipynb #fa80af43
+# %% ../nbs/02_groups.ipynb #20447ceb
 class LayerGroups(Sequence):
     "Layer groups of a model in execution order; called with the model, the parameter lists that a fastai optimiser takes"
     def __init__(self,
@@ -288,7 +295,7 @@ class LayerGroups(Sequence):
     @property
     def n_layers(self): return sum(len(g.layers) for g in self)
 
-# %% ../nbs/02_groups.ipynb #c9005ec8
+# %% ../nbs/02_groups.ipynb #ceb1f60b
 @patch
 def mismatch(self:LayerGroups,
     model:nn.Module, # Any model
@@ -308,7 +315,7 @@ def __call__(self:LayerGroups,
     ps = _named_params(model)
     return ParamLists([[ps[n] for n in g.param_names] for g in self], [list(g.param_names) for g in self], self.no_wd, self.names)
 
-# %% ../nbs/02_groups.ipynb #3a2943ac
+# %% ../nbs/02_groups.ipynb #4f73d236
 def _group_rows(groups):
     "Rows of the group table: number, name, layers, parameters, share"
     tot = sum(g.n_params for g in groups) or 1
@@ -316,7 +323,7 @@ def _group_rows(groups):
 
 _group_cols = ('', 'group', 'layers', 'parameters', 'share')
 
-# %% ../nbs/02_groups.ipynb #0f118998
+# %% ../nbs/02_groups.ipynb #b38a0e87
 def _title(groups): return f"{groups.arch or groups.family or 'model'}: {len(groups)} groups, {groups.n_layers} layers, {groups.rule}"
 
 @patch
@@ -324,22 +331,23 @@ def __repr__(self:LayerGroups): return f'{_title(self)}\n{_text_table(_group_col
 @patch
 def _repr_html_(self:LayerGroups): return f'<p>{_title(self)}</p>{_html_table(_group_cols, _group_rows(self))}'
 
-# %% ../nbs/02_groups.ipynb #1e18897b
+# %% ../nbs/02_groups.ipynb #c2e5e471
 def _body_and_head(bb, params):
     "Those of `params` that are body (names without the backbone's prefix) and head"
     cls = tuple(map(bb.prefix.__add__, _classifier_names(bb.module)))
     is_head = {n:not n.startswith(bb.prefix) or n.startswith(cls) for n in params}
     return {n[len(bb.prefix):]:p for n,p in params.items() if not is_head[n]},{n:p for n,p in params.items() if is_head[n]}
 
-def _known_layers(bb, body):
-    "Layers of a known backbone and the rule that found them; `(None, '')` if only a trace can"
+def _known_layers(bb, body, head):
+    "Layers of a known backbone, more head, and the rule that found them; `None` for layers that only a trace can find"
     if bb.family.registered:
         layers,rest = _collect(bb.family.layers(bb.module), body)
-        if not rest: return layers,'registered'
+        if not rest: return layers,{},'registered'
+        if not (head or _arch_of(bb.module)): return layers,{n:body[n] for n in rest},'registered'
     layers = _timm_layers(bb.module, body)
-    return (layers,'timm') if layers else (None,'')
+    return (layers,{},'timm') if layers else (None,{},'traced')
 
-# %% ../nbs/02_groups.ipynb #840051f5
+# %% ../nbs/02_groups.ipynb #49d2fb12
 def _trace_all(model, params, x, input_size):
     "Layers of an unknown `model` by trace, and its head"
     layers = _traced_layers(model, params, x, input_size)
@@ -354,7 +362,7 @@ def _unwrap(model):
         if inner is None: return model
         model = inner
 
-# %% ../nbs/02_groups.ipynb #756ed290
+# %% ../nbs/02_groups.ipynb #bc01a9f5
 def _check_arch(arch, bb):
     if not isinstance(arch, str): return
     find_family(arch)
@@ -367,7 +375,7 @@ def _check_params(model, params):
     if not any(p.requires_grad for p in params.values()):
         raise SplitterError(f"{type(model).__name__} has no trainable parameter ({len(params)} in all). Unfreeze some with `requires_grad_(True)` first.")
 
-# %% ../nbs/02_groups.ipynb #65d0d638
+# %% ../nbs/02_groups.ipynb #9697e082
 def _no_wd_names(bb):
     "Names of parameters that timm's model asks not to decay"
     if bb is None or not hasattr(bb.module, 'no_weight_decay'): return ()
@@ -382,11 +390,11 @@ def _find_layers(model, arch, x, input_size):
     _check_arch(arch, bb)
     if bb is None: return None,*_trace_all(model, params, x, input_size),'traced'
     body,head = _body_and_head(bb, params)
-    layers,rule = _known_layers(bb, body)
-    if layers is None: layers,rule = _traced_layers(bb.module, body, None, input_size),'traced'
-    return bb,layers,head,rule
+    layers,more,rule = _known_layers(bb, body, head)
+    if layers is None: layers = _traced_layers(bb.module, body, None, input_size)
+    return bb,layers,{**head, **{bb.prefix+n:p for n,p in more.items()}},rule
 
-# %% ../nbs/02_groups.ipynb #f0eea866
+# %% ../nbs/02_groups.ipynb #58b58603
 def layer_groups(
     model:nn.Module, # Any model; not changed
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
@@ -404,7 +412,7 @@ def layer_groups(
     groups = _as_groups(layers, head, _starts(layers, n), bb.prefix if bb else '')
     return LayerGroups(groups, rule, bb.family.name if bb else type(model).__name__, bb.arch if bb else '', _no_wd_names(bb))
 
-# %% ../nbs/02_groups.ipynb #d38d76e7
+# %% ../nbs/02_groups.ipynb #4d2ecd05
 class Splitter:
     "A fastai splitter: model -> its parameters in layer groups"
     def __init__(self,
@@ -423,7 +431,7 @@ class Splitter:
     def __call__(self, model): return self.find(model)(model)
     def __repr__(self): return f'Splitter(arch={self.arch!r}, n_groups={self.n_groups!r})'
 
-# %% ../nbs/02_groups.ipynb #bd7fbf61
+# %% ../nbs/02_groups.ipynb #4ca30481
 def _locate(lists, params):
     "Group indices of each parameter name, and group entries that are not parameters of the model"
     names,where,strange = {id(p):n for n,p in params.items()},{n:[] for n in params},[]
@@ -441,7 +449,7 @@ def _partition_faults(lists, where, strange):
     yield from (f'{o} is no parameter of the model' for o in strange)
     yield from (f'group {i} is empty' for i,g in enumerate(lists) if not g)
 
-# %% ../nbs/02_groups.ipynb #78a4dd08
+# %% ../nbs/02_groups.ipynb #997bfb2a
 def _order_faults(where, tr):
     "Rule 2: each group begins after the one before it, and nothing in it runs before that one begins"
     pos,begin = tr.position,{}
@@ -459,7 +467,7 @@ def _head_faults(model, where, last):
     yield from (f'{n} is new, but in group {where[n][0]} and not in the last' for n in head if where[n][0]!=last)
     yield from (f'{bb.prefix+n} is pretrained body, but in the last group with the head' for n in body if where[bb.prefix+n][0]==last)
 
-# %% ../nbs/02_groups.ipynb #b57f6b8d
+# %% ../nbs/02_groups.ipynb #da0ef128
 def _pickle_faults(splitter, model, where, params):
     "Rule 4"
     try: again = pickle.loads(pickle.dumps(splitter))

@@ -6,7 +6,7 @@
 __all__ = ['DiscriminativeError', 'FamilyError', 'SplitterError', 'PresetError', 'WeightsError', 'Family', 'register_family',
            'list_families', 'find_family']
 
-# %% ../nbs/00_registry.ipynb #bf400b85
+# %% ../nbs/00_registry.ipynb #f34ea558
 import re,warnings
 from dataclasses import dataclass,field
 from difflib import get_close_matches
@@ -17,12 +17,12 @@ from typing import Callable
 import timm
 from torch import nn
 
-# %% ../nbs/00_registry.ipynb #00a8d1a3
+# %% ../nbs/00_registry.ipynb #e4e986a7
 class DiscriminativeError(Exception): "Base of every error raised by `fastai_discriminative`"
 class FamilyError(DiscriminativeError, ValueError): "An architecture or family that nobody knows, or one registered twice"
 class SplitterError(DiscriminativeError, ValueError): "Layer groups that break a rule: missing, doubled or misplaced parameters, or an impossible `n_groups`"
 
-# %% ../nbs/00_registry.ipynb #5cddf190
+# %% ../nbs/00_registry.ipynb #9a9a4088
 class PresetError(DiscriminativeError, ValueError): "A learning rate, slice or preset that cannot be used as given"
 class WeightsError(DiscriminativeError, ValueError): "A checkpoint file that is missing, damaged, or made for another architecture"
 
@@ -31,34 +31,35 @@ def _near(name, names, n=3):
     near = get_close_matches(str(name), list(names), n=n, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ''
 
-# %% ../nbs/00_registry.ipynb #57fe7793
+# %% ../nbs/00_registry.ipynb #72b96035
 @dataclass(frozen=True)
 class Family:
     "Backbones whose layers follow each other in the same way"
     name:str # Name of the family, such as `'convnext'`
     layers:Callable|None=None # Backbone -> its layers in execution order; `None` where timm's `group_matcher` or a trace serves
     modules:tuple=() # Python modules that define such models, such as `'timm.models.convnext'`
-    archs:tuple=() # Regular expressions for architecture names, when a module holds several families
+    archs:tuple=() # Regular expressions for names of architectures or model classes, where a module holds more than one family
     n_groups:int|None=None # Default number of groups, head included; `None` for one a stage
     recipes:dict=field(default_factory=dict) # Pretraining regime -> ids of published recipes, see `preset_for`
     source:str='' # Paper or repository
     @property
     def registered(self)->bool: return self.layers is not None
 
-# %% ../nbs/00_registry.ipynb #04a64638
+# %% ../nbs/00_registry.ipynb #411cf4a8
 _families = {}
 
 def register_family(
     name:str, # Name of the family
     modules:str|tuple=(), # Python modules that define its models
-    archs:str|tuple=(), # Regular expressions; each has to match a whole architecture name (without the pretrained tag)
+    archs:str|tuple=(), # Regular expressions that match whole names: architectures (without pretrained tag) or model classes
     n_groups:int|None=None, # Default number of groups, head included; `None` for one a stage
     recipes:dict|None=None, # Pretraining regime -> ids of published recipes
     source:str='', # Paper or repository
     exist_ok:bool=False, # Replace a family of the same name?
 )->Callable: # Decorator for the function that yields a backbone's layers in execution order
-    "Register a `Family`; raises `FamilyError` if `name` is taken"
+    "Register a `Family`; raises `FamilyError` if `name` is taken, or nothing says which models belong to it"
     tup = lambda o: (o,) if isinstance(o, str) else tuple(o)
+    if not modules and not archs: raise FamilyError(f"Family {name!r} says neither `modules` nor `archs`, so no model could ever match it.")
     def _inner(layers):
         if name in _families and not exist_ok:
             raise FamilyError(f"Family {name!r} is registered already. Choose another name, or pass `exist_ok=True` to replace it.")
@@ -67,13 +68,13 @@ def register_family(
         return layers
     return _inner
 
-# %% ../nbs/00_registry.ipynb #330e801b
+# %% ../nbs/00_registry.ipynb #c17b3587
 def list_families()->list: # Every registered `Family`, in order of name
     "All registered families, including those of installed plug-ins"
     _load_plugins()
     return [_families[k] for k in sorted(_families)]
 
-# %% ../nbs/00_registry.ipynb #cde13f95
+# %% ../nbs/00_registry.ipynb #78bc5db0
 _plugins = dict(loaded=False)
 
 def _load_plugins():
@@ -84,7 +85,7 @@ def _load_plugins():
         try: ep.load()
         except Exception as e: warnings.warn(f"Families of plug-in {ep.name!r} ({ep.value}) could not be loaded: {type(e).__name__}: {e}")
 
-# %% ../nbs/00_registry.ipynb #7557151c
+# %% ../nbs/00_registry.ipynb #2e984694
 def _split_arch(name):
     "`'hf-hub:timm/convnext_tiny.fb_in22k'` -> `('convnext_tiny', 'fb_in22k')`"
     if name.startswith(('hf-hub:','hf_hub:')): name = name.rpartition('/')[2]
@@ -96,18 +97,15 @@ def _default_tag(arch):
     cfg = timm.get_pretrained_cfg(arch, allow_unregistered=True)
     return (getattr(cfg, 'tag', '') or '') if cfg and cfg.has_weights else ''
 
-# %% ../nbs/00_registry.ipynb #95547eea
+# %% ../nbs/00_registry.ipynb #0aeff46c
 @lru_cache(maxsize=None)
 def _find_name(arch, module):
     "The family of architecture name `arch` (may be `''`) defined in Python module `module`"
-    fams = list(_families.values())
-    for f in fams:
-        if arch and any(re.fullmatch(p, arch) for p in f.archs): return f
-    for f in fams:
-        if module in f.modules and not f.archs: return f
-    return Family(module.rpartition('.')[2] or 'unknown', modules=(module,))
+    def _fits(f): return (not f.modules or module in f.modules) and (not f.archs or any(re.fullmatch(p, arch) for p in f.archs))
+    fams = sorted(filter(_fits, _families.values()), key=lambda f: (bool(f.archs), bool(f.modules)))
+    return fams[-1] if fams else Family(module.rpartition('.')[2] or 'unknown', modules=(module,))
 
-# %% ../nbs/00_registry.ipynb #67d8f48e
+# %% ../nbs/00_registry.ipynb #18d37de4
 def _find_str(name):
     "The family of an architecture given as a string"
     arch,tag = _split_arch(name)
@@ -120,7 +118,7 @@ def _find_str(name):
         raise FamilyError(f"{arch!r} has no pretrained tag {tag!r}.{_near(tag, tags)} It has: {', '.join(tags) or 'none'}.")
     return _find_name(arch, timm.model_entrypoint(arch).__module__)
 
-# %% ../nbs/00_registry.ipynb #0524f652
+# %% ../nbs/00_registry.ipynb #e48e1b4b
 def _arch_of(model):
     "Architecture (with tag) that a timm `model` was made as, or `''`"
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
@@ -128,7 +126,7 @@ def _arch_of(model):
     arch,tag = get('architecture', '') or '', get('tag', '') or ''
     return f'{arch}.{tag}' if arch and tag else arch
 
-# %% ../nbs/00_registry.ipynb #2e835268
+# %% ../nbs/00_registry.ipynb #cdeef845
 def find_family(
     x, # Architecture name (with or without pretrained tag), architecture function, or model
 )->Family: # The registered family, or one named after the defining module and with `layers=None`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trace', 'trace_order']
 
-# %% ../nbs/01_trace.ipynb #1490b405
+# %% ../nbs/01_trace.ipynb #14ad5b72
 from contextlib import contextmanager
 from dataclasses import dataclass
 import random
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .registry import *
 
-# %% ../nbs/01_trace.ipynb #a5c4f213
+# %% ../nbs/01_trace.ipynb #bbbf9a7b
 class _FirstUse(TorchDispatchMode):
     "Note the names in `params` (name -> tensor) in order of first use"
     def __init__(self, params):
@@ -36,7 +36,7 @@ class _FirstUse(TorchDispatchMode):
         for o in (kwargs or {}).values(): self._see(o)
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/01_trace.ipynb #a4ea4bbd
+# %% ../nbs/01_trace.ipynb #b8e23fb9
 @contextmanager
 def _eval_mode(model):
     "`model` in eval mode, without autograd, with training flags and random states restored at the end"
@@ -50,18 +50,20 @@ def _eval_mode(model):
         random.setstate(py)
         np.random.set_state(npr)
 
-# %% ../nbs/01_trace.ipynb #75226486
+# %% ../nbs/01_trace.ipynb #499b333b
 def _input_sizes(model):
     "Candidate input sizes `(c,h,w)` of `model`, best first"
     cfgs = [c for c in (getattr(m, 'pretrained_cfg', None) or getattr(m, 'default_cfg', None) for m in model.modules()) if isinstance(c, dict)]
     sizes = [tuple(c['input_size']) for c in cfgs if c.get('input_size')] or [(3,224,224)]
+    img = next((m.img_size for m in model.modules() if isinstance(getattr(m, 'img_size', None), (tuple,list)) and len(m.img_size)==2), None)
+    if img and tuple(img)!=sizes[0][1:]: sizes.insert(0, (sizes[0][0],*img))
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     chans = getattr(next((m for m in model.modules() if hasattr(m, 'in_chans')), None), 'in_chans', None)
     for c in (chans, conv.in_channels if conv else None):
         if isinstance(c, int): sizes.append((c,*sizes[0][1:]))
     return list(dict.fromkeys(sizes))
 
-# %% ../nbs/01_trace.ipynb #59c55e00
+# %% ../nbs/01_trace.ipynb #712755f8
 @dataclass
 class Trace:
     "What one forward pass showed"
@@ -72,50 +74,55 @@ class Trace:
     @property
     def position(self)->dict: return {n:i for i,n in enumerate(self.order)}
 
-# %% ../nbs/01_trace.ipynb #484b4175
+# %% ../nbs/01_trace.ipynb #a820add3
 def _as_meta(o): return torch.empty_like(o, device='meta') if isinstance(o, torch.Tensor) else o
 
 def _run(model, x, meta):
-    "One forward pass of `model` on `x`; returns the names of its parameters in order of first use"
+    "One forward pass of `model` on `x`: the names of its parameters in order of first use, and its output"
     params,bufs = dict(model.named_parameters()),dict(model.named_buffers())
     x = x if isinstance(x, tuple) else (x,)
     if meta:
         params = {n:nn.Parameter(_as_meta(p), requires_grad=False) for n,p in params.items()}
         x,bufs = tuple(map(_as_meta, x)),{n:_as_meta(b) for n,b in bufs.items()}
     mode = _FirstUse(params)
-    with _eval_mode(model), mode: functional_call(model, {**params,**bufs}, x) if meta else model(*x)
-    return mode.order
+    with _eval_mode(model), mode: out = functional_call(model, {**params,**bufs}, x) if meta else model(*x)
+    return mode.order,out
 
-# %% ../nbs/01_trace.ipynb #698b80f3
+# %% ../nbs/01_trace.ipynb #083794a4
 def _check_lazy(model):
     lazy = [n for n,p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy: raise SplitterError(f"Lazy parameters have no shape yet: {', '.join(lazy[:5])}. Run one batch through the model first, then split it.")
 
 def _inputs(model, x, input_size):
     "What to try as input, best first"
-    if x is not None: return [x]
+    if x is not None: return [x() if callable(x) else x]
     p = next((p for p in model.parameters() if p.is_floating_point()), None)
     dev = p.device if p is not None else 'cpu'
     dtype = p.dtype if p is not None else None
     return [torch.zeros(1, *s, device=dev, dtype=dtype) for s in ([input_size] if input_size else _input_sizes(model))]
 
-def _as_trace(model, order, meta):
-    seen = set(order)
-    return Trace(order, [n for n,_ in model.named_parameters() if n not in seen], 'meta' if meta else str(next(model.parameters()).device))
+# %% ../nbs/01_trace.ipynb #b30b11a5
+def _try_inputs(model, x, input_size):
+    "Run `model` on the first input and device that work: order of parameters, output, device"
+    _check_lazy(model)
+    errs,on_meta = [],any(p.is_meta for p in model.parameters())
+    for inp in _inputs(model, x, input_size):
+        for meta in (True,) if on_meta else (True,False):
+            try: return *_run(model, inp, meta),'meta' if meta else str(next(model.parameters()).device)
+            except Exception as e: errs.append(f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}')
+    raise SplitterError(f"{type(model).__name__} could not run a forward pass ({errs[-1]}). Pass a batch for it as `x`, or its `input_size`.")
 
-# %% ../nbs/01_trace.ipynb #71a364b0
+def _output(model, x=None, input_size=None):
+    "What `model` returns, of the right shape but on the meta device where that works"
+    return _try_inputs(model, x, input_size)[1]
+
+# %% ../nbs/01_trace.ipynb #65288c72
 def trace_order(
     model:nn.Module, # Any model, on any device; left exactly as it was
-    x=None, # A batch to run it on (a tensor, or a tuple of the model's inputs); zeros of `input_size` if `None`
+    x=None, # A batch to run it on (a tensor, a tuple of the model's inputs, or a function that returns one of these); zeros of `input_size` if `None`
     input_size:tuple|None=None, # `(channels, height, width)` in pixels; looked up or guessed if `None`
 )->Trace: # Parameter names in order of first use
     "Find the order in which `model` uses its parameters, by one forward pass; raises `SplitterError` if it cannot run"
-    _check_lazy(model)
-    errs = []
-    for inp in _inputs(model, x, input_size):
-        for meta in (True,False):
-            if not meta and any(p.is_meta for p in model.parameters()): continue
-            try: order = _run(model, inp, meta)
-            except Exception as e: errs.append(f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}')
-            else: return _as_trace(model, order, meta)
-    raise SplitterError(f"{type(model).__name__} could not run a forward pass to trace its layers ({errs[-1]}). Pass a batch as `x`, or its `input_size`.")
+    order,_,device = _try_inputs(model, x, input_size)
+    seen = set(order)
+    return Trace(order, [n for n,_ in model.named_parameters() if n not in seen], device)
