@@ -1,0 +1,17 @@
+"""Fine-tune pretrained vision backbones in fastai with the right learning rate in every layer
+
+Pretrained weights are good and want to be fine-tuned, not distorted; a new head is random and has to move fast. fastai can give each group of layers its own learning rate, but it knows
+the layers of 21 models only: every timm backbone gets two groups, body and head, so a slice of rates gives the whole body one rate.
+This package knows which layers there are, in which order they run, and at which rates such layers were fine-tuned before, for every timm architecture and for models of your own.
+The training loop, the data and the callbacks stay fastai's, and nothing changes until you ask for it.
+
+Modules:
+
+- `fastai_discriminative.families`: The built-in families: how their layers follow each other, and which published recipes apply
+- `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
+- `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes
+- `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
+- `fastai_discriminative.registry`: Which family an architecture belongs to, and what the package knows about that family
+- `fastai_discriminative.trace`: The order in which a model really uses its parameters"""
+
+__version__ = "0.0.1"
