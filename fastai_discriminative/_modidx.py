@@ -24,8 +24,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'fastai_discriminative.cli._fit_ours': ('cli.html#_fit_ours', 'fastai_discriminative/cli.py'),
                                            'fastai_discriminative.cli._fit_stock': ('cli.html#_fit_stock', 'fastai_discriminative/cli.py'),
                                            'fastai_discriminative.cli._groups_of': ('cli.html#_groups_of', 'fastai_discriminative/cli.py'),
-                                           'fastai_discriminative.cli._has_batchnorm': ( 'cli.html#_has_batchnorm',
-                                                                                         'fastai_discriminative/cli.py'),
                                            'fastai_discriminative.cli._n_groups': ('cli.html#_n_groups', 'fastai_discriminative/cli.py'),
                                            'fastai_discriminative.cli._n_train': ('cli.html#_n_train', 'fastai_discriminative/cli.py'),
                                            'fastai_discriminative.cli._notes': ('cli.html#_notes', 'fastai_discriminative/cli.py'),

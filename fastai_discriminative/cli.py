@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/13_cli.ipynb #ebe69b25
+# %% ../nbs/13_cli.ipynb #810a6db4
 import argparse,os,sys,time,warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/13_cli.ipynb #385bb136
+# %% ../nbs/13_cli.ipynb #7e301cae
 def _groups_of(arch, n_groups=None):
     "Layer groups of timm's `arch`, built without memory for its weights"
     import timm,torch
@@ -20,7 +20,7 @@ def _groups_of(arch, n_groups=None):
 
 def _cmd_groups(a): print(_groups_of(a.arch, a.n_groups))
 
-# %% ../nbs/13_cli.ipynb #60fc35a7
+# %% ../nbs/13_cli.ipynb #5f221a1f
 def _cmd_preset(a):
     from fastai_discriminative.all import preset_for
     from fastai_discriminative.groups import _text_table
@@ -32,7 +32,7 @@ def _cmd_preset(a):
     cols = 'id models pretraining optimizer lr_as_stated batch_size layer_decay source'.split()
     print('\n'+_text_table(cols, [[str(r[c] or '')[:48] for c in cols] for r in rows]))
 
-# %% ../nbs/13_cli.ipynb #5690d267
+# %% ../nbs/13_cli.ipynb #99982aed
 def _cmd_families(a):
     from collections import Counter
     import timm
@@ -44,7 +44,7 @@ def _cmd_families(a):
     rest = sum(n.values())-sum(n[f.name] for f in list_families())
     print(f'{rest} more architectures of timm get their groups from timm itself or from a trace, and the rates of their pretraining regime.')
 
-# %% ../nbs/13_cli.ipynb #c4284bc2
+# %% ../nbs/13_cli.ipynb #da13a7db
 def _fit_ours(learn, epochs, cbs, lr='preset'):
     "One epoch for the head where the body is pretrained, then `epochs` for all groups"
     if learn.opt.frozen_idx:
@@ -58,7 +58,7 @@ def _fit_stock(learn, epochs, cbs):
     if learn.opt.frozen_idx: learn.fine_tune(epochs, cbs=cbs)
     else: learn.fit_one_cycle(epochs+1, cbs=cbs)
 
-# %% ../nbs/13_cli.ipynb #73f1c602
+# %% ../nbs/13_cli.ipynb #193ce6f8
 def _own_preset(arch, bs, lr_low, lr_high):
     "The preset of `arch` with other rates; `None` where none is given"
     if lr_low is None and lr_high is None: return None
@@ -69,12 +69,7 @@ def _own_preset(arch, bs, lr_low, lr_high):
     if lr_low is None: lr_low = lr_high*p.ratio
     return replace(p, lr_low=lr_low, lr_high=lr_high, head_mult=max(1., p.head_lr/lr_high), sources=[], measured=False, note='rates given by hand')
 
-# %% ../nbs/13_cli.ipynb #ea60c83b
-def _has_batchnorm(arch):
-    "Does timm's `arch` normalise with statistics of the batch?"
-    import timm,torch
-    with torch.device('meta'): return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in timm.create_model(arch).modules())
-
+# %% ../nbs/13_cli.ipynb #041a5819
 def _size_args(arch, size):
     "(size, arguments for timm): a model for one size only has to be told another"
     import timm
@@ -84,7 +79,7 @@ def _size_args(arch, size):
     if size is None: size = native if cfg and cfg.fixed_input_size else min(native, 224)
     return size,(dict(img_size=size) if cfg and cfg.fixed_input_size and size!=native else {})
 
-# %% ../nbs/13_cli.ipynb #ecacba7b
+# %% ../nbs/13_cli.ipynb #3ad34911
 @contextmanager
 def _offline_hint(arch):
     "Turn a download that fails into a `WeightsError` that says what to do"
@@ -98,7 +93,7 @@ def _offline_hint(arch):
         raise WeightsError(f"The pretrained weights of {arch!r} could not be fetched ({why}). Pass a local checkpoint with --weights-file, "
             "or --from-scratch to start from random weights.") from e
 
-# %% ../nbs/13_cli.ipynb #c3063c4f
+# %% ../nbs/13_cli.ipynb #270da018
 class _Job:
     "Images, architecture and settings of one command"
     def __init__(self, a, images, arch, weights_file=None, pretrained=True):
@@ -106,7 +101,6 @@ class _Job:
         self.weights_file = None if weights_file is None else Path(weights_file).expanduser()
         self.size,self.timm_args = _size_args(arch, a.size)
         self.preset = _own_preset(arch, a.bs, getattr(a, 'lr_low', None), getattr(a, 'lr_high', None))
-        self.train_norm = False if pretrained and _has_batchnorm(arch) else 'group'
         self.n_workers = getattr(a, 'workers', 0)
 
     def dls(self):
@@ -117,7 +111,7 @@ class _Job:
         from fastai.metrics import accuracy
         from fastai_discriminative.all import discriminative_learner
         with _offline_hint(self.arch):
-            return discriminative_learner(self.dls(), self.arch, self.a.n_groups, self.preset, self.weights_file, train_norm=self.train_norm,
+            return discriminative_learner(self.dls(), self.arch, self.a.n_groups, self.preset, self.weights_file,
                 pretrained=self.pretrained, metrics=accuracy, **self.timm_args)
 
     def stock(self):
@@ -125,7 +119,7 @@ class _Job:
         file = {} if self.weights_file is None else dict(pretrained_cfg_overlay=dict(file=str(self.weights_file)))
         return vision_learner(self.dls(), self.arch, pretrained=self.pretrained, metrics=accuracy, **file, **self.timm_args)
 
-# %% ../nbs/13_cli.ipynb #2856f876
+# %% ../nbs/13_cli.ipynb #071e4e8d
 def _run(job, how, seed):
     "Train one learner, with progress bars and a line for each epoch unless told to be quiet"
     from contextlib import ExitStack
@@ -148,7 +142,7 @@ def _race(job, compare):
         runs += [r]+([_run(job, 'stock', seed)[1]] if compare else [])
     return runs,first
 
-# %% ../nbs/13_cli.ipynb #06f28fe4
+# %% ../nbs/13_cli.ipynb #ee0dc83a
 def _out_dir(out):
     "Make the folder `out`, or raise `DataError`"
     from fastai_discriminative.demo import DataError
@@ -167,12 +161,14 @@ def _describe(job):
     print(learn.layer_groups)
     print(learn.preset)
 
-# %% ../nbs/13_cli.ipynb #d82ad0f9
+# %% ../nbs/13_cli.ipynb #d60b2872
 def _train(job, compare):
     "Describe, train, print the table, save the learner and the plot"
+    import torch
     from fastai_discriminative.demo import export_learner,plot_runs,runs_table
     start,new = time.perf_counter(),not Path(job.a.out).expanduser().exists()
     out = _out_dir(job.a.out)
+    if job.a.threads: torch.set_num_threads(job.a.threads)
     try:
         _describe(job)
         runs,learn = _race(job, compare)
@@ -185,7 +181,7 @@ def _train(job, compare):
     finally:
         if new and not any(out.iterdir()): out.rmdir()
 
-# %% ../nbs/13_cli.ipynb #691bbe1c
+# %% ../nbs/13_cli.ipynb #44cd7818
 def _cmd_demo(a):
     from fastai_discriminative.demo import clipart_path,elpv_path,folder_images,lite0_weights
     weights = lite0_weights()
@@ -200,7 +196,7 @@ def _cmd_finetune(a):
     job = _Job(a, folder_images(a.folder), a.arch, a.weights_file, not a.from_scratch)
     _train(job, compare=a.compare)
 
-# %% ../nbs/13_cli.ipynb #3f9b882c
+# %% ../nbs/13_cli.ipynb #a9bd8714
 def _number(kind, low, what, high=None):
     "An argparse type: `kind` above or at `low`"
     def _f(s):
@@ -221,8 +217,8 @@ def _n_groups(s):
 
 def _n_train(s): return None if s=='all' else _count(s)
 
-# %% ../nbs/13_cli.ipynb #44cbd2b4
-def _add_training(p, size, seeds, out, n_train):
+# %% ../nbs/13_cli.ipynb #66121411
+def _add_training(p, size, threads, out, n_train):
     "Arguments that `demo` and `finetune` share"
     p.add_argument('--epochs', type=_count, default=4, help='epochs after the first one, in which only the head trains (default: %(default)s)')
     p.add_argument('--size', type=_count, default=size, help=f"height and width of the images in pixels (default: {size or 'what the architecture was trained at, at most 224'})")
@@ -231,7 +227,8 @@ def _add_training(p, size, seeds, out, n_train):
     p.add_argument('--n-train', type=_n_train, default=n_train, metavar='N|all', help=f"images to train on (default: {n_train or 'all'})")
     p.add_argument('--valid-pct', type=_share, default=.2, help='share of each class to validate on, without a valid folder (default: %(default)s)')
     p.add_argument('--seed', type=int, default=42, help='seed of the split and of the first run (default: %(default)s)')
-    p.add_argument('--seeds', type=_count, default=seeds, help='number of runs, each with its own seed (default: %(default)s)')
+    p.add_argument('--seeds', type=_count, default=1, help='number of runs, each with its own seed (default: %(default)s)')
+    p.add_argument('--threads', type=_count, default=threads, help=f"threads of torch on the CPU (default: {threads or 'what torch takes'})")
     p.add_argument('--quiet', action='store_true', help='no progress bars, no line for each epoch')
     p.add_argument('--out', default=out, metavar='DIR', help=f"folder for learner.pkl and accuracy.png (default: {out or 'discriminative-FOLDER'})")
 
@@ -247,9 +244,9 @@ def _add_finetune(sub, new):
     p.add_argument('--lr-high', type=_rate, metavar='LR', help="rate at the end of the pretrained body (default: the preset's)")
     p.add_argument('--compare', action='store_true', help="also train with fastai's own vision_learner and fine_tune")
     p.add_argument('--workers', type=_number(int, 0, 'a whole number of at least 0'), default=0, help='processes that load images (default: %(default)s)')
-    _add_training(p, None, 1, None, None)
+    _add_training(p, None, None, None, None)
 
-# %% ../nbs/13_cli.ipynb #e4e5af83
+# %% ../nbs/13_cli.ipynb #acf0e56d
 _examples = """examples:
   fastai-discriminative demo
   fastai-discriminative finetune photos --arch convnext_tiny.fb_in22k --weights-file convnext_tiny.safetensors
@@ -284,7 +281,7 @@ def _parser():
     _new('families', _cmd_families, 'print the registered families of architectures')
     return ap
 
-# %% ../nbs/13_cli.ipynb #8c2045d5
+# %% ../nbs/13_cli.ipynb #6ad1c7f0
 @contextmanager
 def _notes(debug):
     "Print our own warnings as notes and keep those of other packages quiet"
