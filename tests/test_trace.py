@@ -51,7 +51,8 @@ def test_tied_weights():
     assert tr.order[0]=='out.weight' and tr.order[-1]=='out.bias' and tr.unused==[]
 
 def test_multihead_attention():
-    m = Net(lambda s,x: s.after(s.attn(s.norm(x), s.norm(x), s.norm(x))[0]), after=lin(8,2), attn=nn.MultiheadAttention(8,2,batch_first=True), norm=nn.LayerNorm(8))
+    attn = nn.MultiheadAttention(8, 2, batch_first=True)
+    m = Net(lambda s,x: s.after(s.attn(s.norm(x), s.norm(x), s.norm(x))[0]), after=lin(8,2), attn=attn, norm=nn.LayerNorm(8))
     tr = trace_order(m, torch.zeros(2,5,8))
     assert set(tr.order[:2])==set(wb('norm')) and set(tr.order[-2:])==set(wb('after'))
     assert set(tr.order[2:6])=={'attn.in_proj_weight','attn.in_proj_bias','attn.out_proj.weight','attn.out_proj.bias'} and tr.order[2].startswith('attn.in_proj')
@@ -183,8 +184,7 @@ Out = namedtuple('Out', 'logits aux')
 @pytest.mark.parametrize('wrap', [lambda o: dict(out=o), lambda o: (o,[o]), lambda o: Out(o,None), lambda o: None])
 def test_any_output(wrap): assert len(trace_order(Net(lambda s,x: wrap(s.a(x)), a=lin()), v4).order)==2
 
-def test_output_has_the_right_shape():
-    assert _output(timm.create_model('test_resnet', num_classes=7)).shape==(1,7)
+def test_output_has_the_right_shape(): assert _output(timm.create_model('test_resnet', num_classes=7)).shape==(1,7)
 
 # ## What is not used
 
