@@ -9,7 +9,7 @@ from torch import nn
 from timm.models.vision_transformer import Block,VisionTransformer
 
 from fastai_discriminative.groups import *
-from fastai_discriminative.groups import _merge_small,_named_params,_natural,_partition
+from fastai_discriminative.groups import _merge_small,_named_params,_natural,_partition,_Layer
 from fastai_discriminative.presets import *
 from fastai_discriminative.registry import *
 from fastai_discriminative.registry import _families,_find_name
@@ -100,7 +100,7 @@ def test_default_of_the_family():
 
 # ## The cut
 
-def _layers(sizes, stages): return [Layer((f'{s}.{i}.w',), n, False, f'stages.{s}.{i}') for i,(n,s) in enumerate(zip(sizes, stages))]
+def _layers(sizes, stages): return [_Layer((f'{s}.{i}.w',), n, False, f'stages.{s}.{i}') for i,(n,s) in enumerate(zip(sizes, stages))]
 
 def _cost(layers, starts):
     n,k,tot = len(layers),len(starts),sum(l.n_params for l in layers)
@@ -133,7 +133,7 @@ def test_natural_groups_are_stages():
     assert layer_groups(_meta('resnet50')).names[1:]==['layer1.0-2','layer2.0-3','layer3.0-5','layer4.0-2','head']
 
 def test_small_layers_ride_along():
-    a,s = lambda n: Layer((n,), 100, False, n), lambda n: Layer((n,), 1, True, n)
+    a,s = lambda n: _Layer((n,), 100, False, n), lambda n: _Layer((n,), 1, True, n)
     merged = _merge_small([s('token'), a('b0'), s('norm'), a('b1'), s('scale'), s('shift')])
     assert [(l.name, l.param_names) for l in merged]==[('b0', ('token','b0','norm')), ('b1', ('b1','scale','shift'))]
     assert [l.small for l in _merge_small([s('a'), s('b')])]==[True]
@@ -169,7 +169,7 @@ def test_wrapper_class():
     check_splitter(Splitter(n_groups='block'), m)
 
 def test_two_wrappers_deep():
-    m = Wrapper(Wrapper(timm.create_model('test_resnet', num_classes=0), timm.create_model('test_resnet').num_features, 4), 4)
+    m = Wrapper(Wrapper(timm.create_model('resnet10t', num_classes=0), timm.create_model('resnet10t').num_features, 4), 4)
     gs = _sound(layer_groups(m, 'block'), m)
     assert gs.rule=='registered' and {n.rpartition('.')[0] for n in gs[-1].param_names}=={'fc','backbone.fc'}
     check_splitter(Splitter(n_groups=3), m)
@@ -182,13 +182,13 @@ def test_part_that_its_author_called_module():
             if head: self.fc = nn.Linear(3,2)
         def forward(self, x): return self.fc(self.module(x)) if hasattr(self, 'fc') else self.module(x)
     for head in (True, False):
-        m = W(timm.create_model('test_resnet', num_classes=3), head)
+        m = W(timm.create_model('resnet10t', num_classes=3), head)
         gs = layer_groups(m, 'block')
         assert len(gs)==len(layer_groups(m.module, 'block')) and sum(len(g.param_names) for g in gs)==len(_names(m))
         check_splitter(Splitter(), m)
 
 def test_in_chans_1():
-    m = timm.create_model('test_resnet', in_chans=1, num_classes=3)
+    m = timm.create_model('resnet10t', in_chans=1, num_classes=3)
     _sound(layer_groups(m), m)
     check_splitter(Splitter(n_groups='block'), m)
 
@@ -214,7 +214,7 @@ def test_two_backbones():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.b,self.a = (timm.create_model(o, num_classes=0) for o in ('test_vit','test_resnet'))
+            self.b,self.a = (timm.create_model(o, num_classes=0) for o in ('test_vit','resnet10t'))
             self.fc = nn.Linear(self.a.num_features+self.b.num_features, 2)
         def forward(self, x): return self.fc(torch.cat([self.a(x), self.b(x)], 1))
     m = Two()
@@ -344,7 +344,7 @@ def _wrappers(m):
     yield nn.DataParallel(torch.compile(m, backend='eager'))
     yield torch.compile(nn.DataParallel(m), backend='eager')
 
-@pytest.mark.parametrize('make,x', [(lambda: timm.create_model('test_resnet', num_classes=2), None), (lambda: Wrapper(timm.create_model('test_vit', num_classes=3), 3), None),
+@pytest.mark.parametrize('make,x', [(lambda: timm.create_model('resnet10t', num_classes=2), None), (lambda: Wrapper(timm.create_model('test_vit', num_classes=3), 3), None),
     (Net, torch.zeros(1,4))])
 def test_wrappers_do_not_matter(make, x):
     m = make()
@@ -380,7 +380,7 @@ def test_groups_refuse_another_model():
     with pytest.raises(SplitterError, match=r'made for another model \(resnet18.*missing.*in no group.*anew'): gs(_meta('vit_tiny_patch16_224'))
 
 def test_pickle_and_copy():
-    m = timm.create_model('test_convnext2', num_classes=2)
+    m = timm.create_model('convnext_atto', num_classes=2)
     gs = layer_groups(m, 4)
     for o in (pickle.loads(pickle.dumps(gs)), deepcopy(gs)):
         assert (o.names, o.depths, o.rule, o.family, o.arch, o.no_wd)==(gs.names, gs.depths, gs.rule, gs.family, gs.arch, gs.no_wd) and list(o)==list(gs)
@@ -396,10 +396,10 @@ def test_sequence_and_table():
 # ## Splitter
 
 def test_splitter():
-    m = timm.create_model('test_resnet', num_classes=2)
+    m = timm.create_model('resnet10t', num_classes=2)
     s = Splitter(n_groups=4)
     lists = s(m)
-    assert len(lists)==4 and s.groups.arch.startswith('test_resnet')
+    assert len(lists)==4 and s.groups.arch.startswith('resnet10t')
     first = s.groups
     assert s.find(deepcopy(m)) is first, "looked at once"
     again = pickle.loads(pickle.dumps(s))
@@ -421,7 +421,7 @@ def test_splitter_for_an_unknown_architecture():
     with pytest.raises(FamilyError, match="Unknown architecture 'resnet5O'.*Did you mean"): Splitter('resnet5O')
 
 def test_splitter_of_a_plugin_function():
-    def my_arch(pretrained=False): return timm.create_model('test_resnet')
+    def my_arch(pretrained=False): return timm.create_model('resnet10t')
     assert len(Splitter(my_arch, 3)(my_arch()))==3
 
 # ## check_splitter: each fault by name
@@ -448,7 +448,7 @@ class Bad:
     def generators(self, a, b, c): return tuple(iter(o) for o in (a,b,c))
 
 @pytest.fixture(scope='module')
-def model(): return timm.create_model('test_resnet', num_classes=2)
+def model(): return timm.create_model('resnet10t', num_classes=2)
 
 @pytest.mark.parametrize('how,match', [
     ('missing', r'1 fault.*conv1\.\S+ is in no group'), ('doubled', r'conv1\.\S+ is in groups \[0, 1\]'), ('foreign', r'a tensor of shape \(3, 5\) in group 2 is no parameter'),
@@ -473,7 +473,7 @@ def test_splitter_that_changes_its_mind(model):
 def test_good_splitters_pass(model):
     assert [len(o) for o in check_splitter(Bad('generators'), model)]==[len(o) for o in layer_groups(model, 3)(model)]
     assert isinstance(check_splitter(Splitter(), model), ParamLists)
-    check_splitter(fastais_own, nn.Sequential(timm.create_model('test_resnet', num_classes=0), nn.Sequential(nn.Linear(timm.create_model('test_resnet').num_features, 2))))
+    check_splitter(fastais_own, nn.Sequential(timm.create_model('resnet10t', num_classes=0), nn.Sequential(nn.Linear(timm.create_model('resnet10t').num_features, 2))))
 
 def fastais_own(m): return [list(m[0].parameters()), list(m[1].parameters())]
 

@@ -107,7 +107,7 @@ def test_view_of_a_parameter_counts():
     m = Net(lambda s,x: s.a(x@s.w.t().reshape(4,4)), a=lin(), w=nn.Parameter(torch.zeros(4,4)))
     assert trace_order(m, v4).order[0]=='w'
 
-@pytest.mark.parametrize('arch', ['test_vit','test_resnet','test_convnext2','test_efficientnet'])
+@pytest.mark.parametrize('arch', ['test_vit','resnet10t','convnext_atto','test_efficientnet'])
 def test_meta_and_real_run_agree(arch):
     m = timm.create_model(arch, num_classes=3)
     tr = trace_order(m)
@@ -136,11 +136,11 @@ def test_model_on_meta_stays_there():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precision(dtype):
-    m = timm.create_model('test_resnet', num_classes=3).to(dtype)
+    m = timm.create_model('resnet10t', num_classes=3).to(dtype)
     tr = trace_order(m)
     assert tr.unused==[] and tr.order[0].startswith('conv1') and all(p.dtype==dtype for p in m.parameters())
 
-@pytest.mark.parametrize('arch,kwargs', [('test_resnet',dict(in_chans=1)), ('test_vit',dict(in_chans=5)), ('test_vit',dict(img_size=64)), ('test_convnext2',dict(in_chans=2))])
+@pytest.mark.parametrize('arch,kwargs', [('resnet10t',dict(in_chans=1)), ('test_vit',dict(in_chans=5)), ('test_vit',dict(img_size=64)), ('convnext_atto',dict(in_chans=2))])
 def test_input_is_found(arch, kwargs):
     m = timm.create_model(arch, **kwargs)
     assert trace_order(m).unused==[]
@@ -184,7 +184,7 @@ Out = namedtuple('Out', 'logits aux')
 @pytest.mark.parametrize('wrap', [lambda o: dict(out=o), lambda o: (o,[o]), lambda o: Out(o,None), lambda o: None])
 def test_any_output(wrap): assert len(trace_order(Net(lambda s,x: wrap(s.a(x)), a=lin()), v4).order)==2
 
-def test_output_has_the_right_shape(): assert _output(timm.create_model('test_resnet', num_classes=7)).shape==(1,7)
+def test_output_has_the_right_shape(): assert _output(timm.create_model('resnet10t', num_classes=7)).shape==(1,7)
 
 # ## What is not used
 
