@@ -7,22 +7,25 @@ The command `fastai-discriminative`. `demo` and `finetune` train; `groups`, `pre
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/13_cli.ipynb #8b47b223
+# %% ../nbs/13_cli.ipynb #dff91bca
 import argparse,os,sys,time,warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/13_cli.ipynb #c36648cd
+# %% ../nbs/13_cli.ipynb #9aa11059
 def _groups_of(arch, n_groups=None):
-    "Layer groups of timm's `arch`, built without memory for its weights"
+    "Layer groups of timm's `arch`, built without memory for its weights where timm can"
     import timm,torch
     from fastai_discriminative.all import find_family,layer_groups
     find_family(arch)
-    with torch.device('meta'): return layer_groups(timm.create_model(arch), n_groups)
+    try:
+        with torch.device('meta'): model = timm.create_model(arch)
+    except (NotImplementedError, RuntimeError): model = timm.create_model(arch) # older timm reads numbers from tensors while it builds
+    return layer_groups(model, n_groups)
 
 def _cmd_groups(a): print(_groups_of(a.arch, a.n_groups))
 
-# %% ../nbs/13_cli.ipynb #cbc8c3c8
+# %% ../nbs/13_cli.ipynb #c181afc0
 def _cmd_preset(a):
     from fastai_discriminative.all import preset_for
     from fastai_discriminative.groups import _text_table
@@ -34,7 +37,7 @@ def _cmd_preset(a):
     cols = 'id models pretraining optimizer lr_as_stated batch_size layer_decay source'.split()
     print('\n'+_text_table(cols, [[str(r[c] or '')[:48] for c in cols] for r in rows]))
 
-# %% ../nbs/13_cli.ipynb #b57b5f58
+# %% ../nbs/13_cli.ipynb #21893044
 def _cmd_families(a):
     from collections import Counter
     import timm
@@ -46,7 +49,7 @@ def _cmd_families(a):
     rest = sum(n.values())-sum(n[f.name] for f in list_families())
     print(f'{rest} more architectures of timm get their groups from timm itself or from a trace, and the rates of their pretraining regime.')
 
-# %% ../nbs/13_cli.ipynb #4f65fa8e
+# %% ../nbs/13_cli.ipynb #ec09bb25
 def _fit_ours(learn, epochs, cbs, lr='preset'):
     "One epoch for the head where the body is pretrained, then `epochs` for all groups"
     if learn.opt.frozen_idx:
@@ -60,7 +63,7 @@ def _fit_stock(learn, epochs, cbs):
     if learn.opt.frozen_idx: learn.fine_tune(epochs, cbs=cbs)
     else: learn.fit_one_cycle(epochs+1, cbs=cbs)
 
-# %% ../nbs/13_cli.ipynb #83616bae
+# %% ../nbs/13_cli.ipynb #88b7161a
 def _own_preset(arch, bs, lr_low, lr_high):
     "The preset of `arch` with other rates; `None` where none is given"
     if lr_low is None and lr_high is None: return None
@@ -71,7 +74,7 @@ def _own_preset(arch, bs, lr_low, lr_high):
     if lr_low is None: lr_low = lr_high*p.ratio
     return replace(p, lr_low=lr_low, lr_high=lr_high, head_mult=max(1., p.head_lr/lr_high), sources=[], measured=False, note='rates given by hand')
 
-# %% ../nbs/13_cli.ipynb #5a399f35
+# %% ../nbs/13_cli.ipynb #a01ca06d
 def _size_args(arch, size):
     "(size, arguments for timm): a model for one size only has to be told another"
     import timm
@@ -81,7 +84,7 @@ def _size_args(arch, size):
     if size is None: size = native if cfg and cfg.fixed_input_size else min(native, 224)
     return size,(dict(img_size=size) if cfg and cfg.fixed_input_size and size!=native else {})
 
-# %% ../nbs/13_cli.ipynb #f24cea78
+# %% ../nbs/13_cli.ipynb #d4f77914
 @contextmanager
 def _offline_hint(arch):
     "Turn a download that fails into a `WeightsError` that says what to do"
@@ -95,7 +98,7 @@ def _offline_hint(arch):
         raise WeightsError(f"The pretrained weights of {arch!r} could not be fetched ({why}). Pass a local checkpoint with --weights-file, "
             "or --from-scratch to start from random weights.") from e
 
-# %% ../nbs/13_cli.ipynb #e42e5215
+# %% ../nbs/13_cli.ipynb #46e0941e
 class _Job:
     "Images, architecture and settings of one command"
     def __init__(self, a, images, arch, weights_file=None, pretrained=True):
@@ -121,7 +124,7 @@ class _Job:
         file = {} if self.weights_file is None else dict(pretrained_cfg_overlay=dict(file=str(self.weights_file)))
         return vision_learner(self.dls(), self.arch, pretrained=self.pretrained, metrics=accuracy, **file, **self.timm_args)
 
-# %% ../nbs/13_cli.ipynb #93827796
+# %% ../nbs/13_cli.ipynb #1fe298d7
 def _run(job, how, seed):
     "Train one learner, with progress bars and a line for each epoch unless told to be quiet"
     from contextlib import ExitStack
@@ -144,7 +147,7 @@ def _race(job, compare):
         runs += [r]+([_run(job, 'stock', seed)[1]] if compare else [])
     return runs,first
 
-# %% ../nbs/13_cli.ipynb #d3f491c7
+# %% ../nbs/13_cli.ipynb #5ad5ba42
 def _out_dir(out):
     "Make the folder `out`, or raise `DataError`"
     from fastai_discriminative.demo import DataError
@@ -163,7 +166,7 @@ def _describe(job):
     print(learn.layer_groups)
     print(learn.preset)
 
-# %% ../nbs/13_cli.ipynb #190bb9ba
+# %% ../nbs/13_cli.ipynb #6008ecb4
 def _train(job, compare):
     "Describe, train, print the table, save the learner and the plot"
     import torch
@@ -183,7 +186,7 @@ def _train(job, compare):
     finally:
         if new and not any(out.iterdir()): out.rmdir()
 
-# %% ../nbs/13_cli.ipynb #83a2a95d
+# %% ../nbs/13_cli.ipynb #f021f19e
 def _cmd_demo(a):
     from fastai_discriminative.demo import clipart_path,elpv_path,folder_images,lite0_weights
     weights = lite0_weights()
@@ -198,7 +201,7 @@ def _cmd_finetune(a):
     job = _Job(a, folder_images(a.folder), a.arch, a.weights_file, not a.from_scratch)
     _train(job, compare=a.compare)
 
-# %% ../nbs/13_cli.ipynb #120ac8c8
+# %% ../nbs/13_cli.ipynb #b1bfc1fd
 def _number(kind, low, what, high=None):
     "An argparse type: `kind` above or at `low`"
     def _f(s):
@@ -219,7 +222,7 @@ def _n_groups(s):
 
 def _n_train(s): return None if s=='all' else _count(s)
 
-# %% ../nbs/13_cli.ipynb #8a20e5ff
+# %% ../nbs/13_cli.ipynb #13ba9709
 def _add_training(p, size, threads, out, n_train):
     "Arguments that `demo` and `finetune` share"
     p.add_argument('--epochs', type=_count, default=4, help='epochs after the first one, in which only the head trains (default: %(default)s)')
@@ -248,7 +251,7 @@ def _add_finetune(sub, new):
     p.add_argument('--workers', type=_number(int, 0, 'a whole number of at least 0'), default=0, help='processes that load images (default: %(default)s)')
     _add_training(p, None, None, None, None)
 
-# %% ../nbs/13_cli.ipynb #b617e1dc
+# %% ../nbs/13_cli.ipynb #5b4dfe9a
 _examples = """examples:
   fastai-discriminative demo
   fastai-discriminative finetune photos --arch convnext_tiny.fb_in22k --weights-file convnext_tiny.safetensors
@@ -283,7 +286,7 @@ def _parser():
     _new('families', _cmd_families, 'print the registered families of architectures')
     return ap
 
-# %% ../nbs/13_cli.ipynb #dad729a9
+# %% ../nbs/13_cli.ipynb #7175ded0
 @contextmanager
 def _notes(debug):
     "Print our own warnings as notes and keep those of other packages quiet"

@@ -9,7 +9,7 @@ and wrapping. `Splitter` is the same as a fastai splitter, and `check_splitter` 
 # %% auto #0
 __all__ = ['ParamLists', 'LayerGroup', 'LayerGroups', 'layer_groups', 'Splitter', 'check_splitter']
 
-# %% ../nbs/02_groups.ipynb #3b0665f2
+# %% ../nbs/02_groups.ipynb #1b29a9a8
 import pickle,re
 from collections import Counter
 from collections.abc import Sequence,Sized
@@ -27,7 +27,7 @@ from .registry import *
 from .registry import _arch_of,_near,_split_arch
 from .trace import *
 
-# %% ../nbs/02_groups.ipynb #f5c657cf
+# %% ../nbs/02_groups.ipynb #cd9a203f
 def _compiled(name): return '.'.join(o for o in name.split('.') if o!='_orig_mod')
 def _clean(name): return _compiled(name).removeprefix('module.')
 
@@ -37,7 +37,7 @@ def _named_params(model):
     wrapped = all(n.startswith('module.') for n in ps)
     return {_clean(n) if wrapped else n: p for n,p in ps.items()}
 
-# %% ../nbs/02_groups.ipynb #c1a4a8b4
+# %% ../nbs/02_groups.ipynb #3761efe5
 @dataclass
 class _Layer:
     "A block of a model that is never split over two groups"
@@ -49,14 +49,14 @@ class _Layer:
     @property
     def stage(self): return re.sub(r'\.?\d+[^\d]*$', '', self.name) or self.name
 
-# %% ../nbs/02_groups.ipynb #16c96249
+# %% ../nbs/02_groups.ipynb #dc906676
 def _label(names):
     "What parameter `names` have in common: `['a.0.w', 'a.0.b']` -> `'a.0'`"
     parts = [n.split('.') for n in names]
     common = commonprefix(parts)
     return '.'.join(common).removesuffix('.weight').removesuffix('.bias')
 
-# %% ../nbs/02_groups.ipynb #9c314cb1
+# %% ../nbs/02_groups.ipynb #21415f38
 @dataclass
 class _Backbone:
     "A known model inside another one"
@@ -74,7 +74,7 @@ def _is_known(m):
     f = find_family(m)
     return f if f.registered else None
 
-# %% ../nbs/02_groups.ipynb #11df824e
+# %% ../nbs/02_groups.ipynb #d5399545
 def _known_modules(model):
     "Name, module and family of each known model in `model` that is in no other one"
     inside = None
@@ -90,7 +90,7 @@ def _prefix(model, name):
     wrapped = all(_compiled(n).startswith('module.') for n,_ in model.named_parameters())
     return (_clean if wrapped else _compiled)(name and name+'.')
 
-# %% ../nbs/02_groups.ipynb #12a30b9a
+# %% ../nbs/02_groups.ipynb #4c5701b2
 def _cut_body(model):
     "Name and module of the body in a model that fastai made from a cut one"
     if isinstance(model, nn.Sequential) and len(model)==2: return '0.', model[0]
@@ -108,7 +108,7 @@ def _find_backbone(model, arch=None):
     (prefix,body),f = _cut_body(model),find_family(arch)
     if body is not None and f.registered: return _Backbone(prefix, body, f, getattr(arch, '__name__', str(arch)))
 
-# %% ../nbs/02_groups.ipynb #dbdf8a67
+# %% ../nbs/02_groups.ipynb #b2ed4c41
 def _classifier_names(m):
     "Prefixes of the classifier layers of a timm or torchvision model `m`"
     cfg = getattr(m, 'pretrained_cfg', None) or getattr(m, 'default_cfg', None)
@@ -118,7 +118,7 @@ def _classifier_names(m):
     if isinstance(cls, (tuple,list)): names += [n for n,c in m.named_modules() if any(c is o for o in cls)] # two heads: timm's config may name one
     return tuple(f'{o}.' for o in dict.fromkeys(names))
 
-# %% ../nbs/02_groups.ipynb #1f3a204b
+# %% ../nbs/02_groups.ipynb #0c92f06e
 def _as_layer(ps, part=None, small=False):
     "A `_Layer` from `ps` (name -> parameter), called after its largest `part` (a list of names)"
     small = small or all(p.ndim<=1 for p in ps.values())
@@ -131,7 +131,7 @@ def _item_params(o):
     if isinstance(o, nn.Module): return o.parameters()
     return (p for i in o for p in _item_params(i))
 
-# %% ../nbs/02_groups.ipynb #371a8715
+# %% ../nbs/02_groups.ipynb #b8c6e977
 def _collect(items, params):
     "`_Layer`s of what `items` hold of `params` (name -> parameter), and the names that none of them holds"
     names,res = {id(p):n for n,p in params.items()},[]
@@ -142,7 +142,7 @@ def _collect(items, params):
         if big: res.append(_as_layer({n:params[n] for ns in parts for n in ns}, big, isinstance(item, nn.Parameter)))
     return res,list(names.values())
 
-# %% ../nbs/02_groups.ipynb #ca7afe29
+# %% ../nbs/02_groups.ipynb #9f89b5ec
 def _timm_layers(m, params):
     "Layers of timm model `m` by its `group_matcher`; `None` where there is none, or it leaves any of `params` unmatched"
     unmatched = '<unmatched>'
@@ -151,7 +151,7 @@ def _timm_layers(m, params):
     *body,last = [groups[k] for k in sorted(groups)]
     return [_as_layer({n:params[n] for n in g}) for g in body] if last==[unmatched] else None
 
-# %% ../nbs/02_groups.ipynb #7ac4876e
+# %% ../nbs/02_groups.ipynb #f99dba7e
 _containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def _has_params(m): return next(m.parameters(), None) is not None
@@ -164,7 +164,7 @@ def _children(m, name):
         if type(c) in _containers: yield from _children(c, dot+n)
         elif _has_params(c): yield dot+n,c
 
-# %% ../nbs/02_groups.ipynb #0c12012a
+# %% ../nbs/02_groups.ipynb #b4ff240f
 def _numel(o): return o.numel() if isinstance(o, nn.Parameter) else sum(p.numel() for p in o.parameters())
 
 def _parts(model, min_n=10, max_n=150, share=0.25):
@@ -178,7 +178,7 @@ def _parts(model, min_n=10, max_n=150, share=0.25):
         parts = [q for n,o in parts for q in (_children(o, n) if n in sizes and type(o) is cls else [(n,o)])]
     return parts
 
-# %% ../nbs/02_groups.ipynb #a5d93173
+# %% ../nbs/02_groups.ipynb #cd484074
 def _clean_trace(model, x=None, input_size=None):
     "`trace_order` with clean names"
     clean,tr = dict(zip((n for n,_ in model.named_parameters()), _named_params(model))),trace_order(model, x, input_size)
@@ -190,7 +190,7 @@ def _check_unused(model, tr):
     if idle: raise SplitterError(f"{len(idle)} trainable parameters of {type(model).__name__} are not used in its forward pass: {', '.join(idle[:5])}. "
         "Freeze them with `requires_grad_(False)`, remove them, or register a family that says where they belong.")
 
-# %% ../nbs/02_groups.ipynb #4baaaeff
+# %% ../nbs/02_groups.ipynb #4f784106
 def _in_order(parts, pos):
     "`parts` by the first use (`pos`: id of parameter -> position) of what each has for itself, so that shared parameters go to the earliest"
     ids = [[id(p) for p in _item_params(o)] for o in parts]
@@ -207,7 +207,7 @@ def _traced_layers(model, params, x=None, input_size=None):
     layers += [_as_layer({n:params[n]}) for n in rest]
     return sorted(layers, key=lambda l: min((pos[n] for n in l.param_names if n in pos), default=-1))
 
-# %% ../nbs/02_groups.ipynb #df5696aa
+# %% ../nbs/02_groups.ipynb #511299c2
 def _join(a, b, name): return _Layer(a.param_names+b.param_names, a.n_params+b.n_params, a.small and b.small, name)
 
 def _merge_small(layers):
@@ -218,7 +218,7 @@ def _merge_small(layers):
         else: res.append(l)
     return res
 
-# %% ../nbs/02_groups.ipynb #848baa2a
+# %% ../nbs/02_groups.ipynb #3d9f5e3a
 def _partition(layers, k):
     "Where to cut `layers` into `k` runs: the start of each"
     n,tot = len(layers),sum(l.n_params for l in layers)
@@ -235,7 +235,7 @@ def _partition(layers, k):
     for g in range(k-1,-1,-1): starts.append(int(back[g,starts[-1]-1]))
     return starts[:0:-1]
 
-# %% ../nbs/02_groups.ipynb #42a01fa2
+# %% ../nbs/02_groups.ipynb #dda2c744
 def _natural(layers, most=0.4):
     "Starts of the stages of `layers`, long ones cut into equal runs"
     n = len(layers)
@@ -250,7 +250,7 @@ def _starts(layers, n_body):
     starts = _natural(layers)
     return starts if 3<=len(starts)<=9 else _starts(layers, min(6, len(layers)))
 
-# %% ../nbs/02_groups.ipynb #4830d79f
+# %% ../nbs/02_groups.ipynb #31e601c9
 def _n_body(n_groups, n_layers, has_head, what):
     "Number of body groups for `n_groups`, checked"
     most = n_layers+has_head
@@ -263,7 +263,7 @@ def _n_body(n_groups, n_layers, has_head, what):
         raise SplitterError(f"{what} has {n_layers} layers{' and a head' if has_head else ''}, so n_groups={n_groups} is impossible. Use {rng}.")
     return int(n_groups)-has_head
 
-# %% ../nbs/02_groups.ipynb #5aa8c53d
+# %% ../nbs/02_groups.ipynb #9206d04b
 class ParamLists(list):
     "What a fastai splitter returns, with the parameters' names"
     def __init__(self,
@@ -275,7 +275,7 @@ class ParamLists(list):
         super().__init__(lists)
         self.names,self.no_wd,self.group_names = list(names),frozenset(no_wd),list(group_names)
 
-# %% ../nbs/02_groups.ipynb #934fe15a
+# %% ../nbs/02_groups.ipynb #1ae38dbb
 @dataclass(frozen=True)
 class LayerGroup:
     "Layers that train with one learning rate"
@@ -287,7 +287,7 @@ class LayerGroup:
     n_params:int # Number of values in its parameters
     is_head:bool=False # Is it the new head?
 
-# %% ../nbs/02_groups.ipynb #b8ec58e9
+# %% ../nbs/02_groups.ipynb #287c5b76
 def _group_name(run):
     "Name of a group of layers: `blocks.0`, `blocks.0-3`, `conv_stem ... blocks.1.0`"
     a,b = run[0],run[-1]
@@ -305,7 +305,7 @@ def _as_groups(layers, head, starts, prefix):
     if head: res.append(LayerGroup('head', tuple(head), ('head',), 1., (1.,1.), sum(p.numel() for p in head.values()), True))
     return res
 
-# %% ../nbs/02_groups.ipynb #4fc9b533
+# %% ../nbs/02_groups.ipynb #92112d59
 def _text_table(cols, rows):
     "Plain text table; columns of numbers are right-aligned"
     cells = [list(cols)] + [[str(o) for o in r] for r in rows]
@@ -319,7 +319,7 @@ def _html_table(cols, rows):
     tr = lambda r,t: '<tr>' + ''.join(f'<{t}>{escape(str(o))}</{t}>' for o in r) + '</tr>'
     return f"<table><thead>{tr(cols, 'th')}</thead><tbody>{''.join(tr(r, 'td') for r in rows)}</tbody></table>"
 
-# %% ../nbs/02_groups.ipynb #51e8ca50
+# %% ../nbs/02_groups.ipynb #501a74de
 class LayerGroups(Sequence):
     "Layer groups of a model in execution order; called with the model, the parameter lists that a fastai optimiser takes"
     def __init__(self,
@@ -333,13 +333,19 @@ class LayerGroups(Sequence):
     def __len__(self): return len(self.groups)
     def __getitem__(self, i): return self.groups[i]
     @property
-    def names(self): return [g.name for g in self]
+    def names(self)->list:
+        "Names of the groups"
+        return [g.name for g in self]
     @property
-    def depths(self): return [g.depth for g in self]
+    def depths(self)->list:
+        "Mean relative depth of each group: 0 is the first layer, 1 the head"
+        return [g.depth for g in self]
     @property
-    def n_layers(self): return sum(len(g.layers) for g in self)
+    def n_layers(self)->int:
+        "Number of layers, the head included"
+        return sum(len(g.layers) for g in self)
 
-# %% ../nbs/02_groups.ipynb #c92ce6e1
+# %% ../nbs/02_groups.ipynb #3315bf21
 @patch
 def mismatch(self:LayerGroups,
     model:nn.Module, # Any model
@@ -359,7 +365,7 @@ def __call__(self:LayerGroups,
     ps = _named_params(model)
     return ParamLists([[ps[n] for n in g.param_names] for g in self], [list(g.param_names) for g in self], self.no_wd, self.names)
 
-# %% ../nbs/02_groups.ipynb #6b35ca5c
+# %% ../nbs/02_groups.ipynb #4d6853d3
 def _group_rows(groups):
     "Rows of the group table: number, name, layers, parameters, share"
     tot = sum(g.n_params for g in groups) or 1
@@ -367,7 +373,7 @@ def _group_rows(groups):
 
 _group_cols = ('', 'group', 'layers', 'parameters', 'share')
 
-# %% ../nbs/02_groups.ipynb #faf538db
+# %% ../nbs/02_groups.ipynb #0f86ca64
 def _title(groups): return f"{groups.arch or groups.family or 'model'}: {len(groups)} groups, {groups.n_layers} layers, {groups.rule}"
 
 @patch
@@ -375,7 +381,7 @@ def __repr__(self:LayerGroups): return f'{_title(self)}\n{_text_table(_group_col
 @patch
 def _repr_html_(self:LayerGroups): return f'<p>{_title(self)}</p>{_html_table(_group_cols, _group_rows(self))}'
 
-# %% ../nbs/02_groups.ipynb #cc61c29d
+# %% ../nbs/02_groups.ipynb #d7f717b8
 def _body_and_head(bb, params):
     "Those of `params` that are body (names without the backbone's prefix) and head"
     cls = tuple(map(bb.prefix.__add__, _classifier_names(bb.module)))
@@ -397,7 +403,7 @@ def _known_layers(bb, body, head):
     layers = _timm_layers(bb.module, body)
     return (layers,{},'timm') if layers else (None,{},'traced')
 
-# %% ../nbs/02_groups.ipynb #42df23e0
+# %% ../nbs/02_groups.ipynb #e30ce02b
 def _trace_all(model, params, x, input_size):
     "Layers of an unknown `model` by trace, and its head"
     layers = _traced_layers(model, params, x, input_size)
@@ -412,7 +418,7 @@ def _unwrap(model):
         if inner is None: return model
         model = inner
 
-# %% ../nbs/02_groups.ipynb #aeabc8ac
+# %% ../nbs/02_groups.ipynb #999e9335
 def _check_arch(arch, bb):
     if arch is None: return
     fam = find_family(arch)
@@ -427,7 +433,7 @@ def _check_params(model, params):
     if not any(p.requires_grad for p in params.values()):
         raise SplitterError(f"{type(model).__name__} has no trainable parameter ({len(params)} in all). Unfreeze some with `requires_grad_(True)` first.")
 
-# %% ../nbs/02_groups.ipynb #57632269
+# %% ../nbs/02_groups.ipynb #16917e74
 def _no_wd_names(bb):
     "Names of parameters that timm's model asks not to decay"
     if bb is None or not hasattr(bb.module, 'no_weight_decay'): return ()
@@ -453,7 +459,7 @@ def _find_layers(model, arch, x, input_size):
     if layers is None: layers = _trace_known(bb.module, body, x, input_size)
     return bb,layers,{**head, **{bb.prefix+n:p for n,p in more.items()}},rule
 
-# %% ../nbs/02_groups.ipynb #329700eb
+# %% ../nbs/02_groups.ipynb #bfe6d7c8
 def layer_groups(
     model:nn.Module, # Any model; not changed
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
@@ -471,7 +477,7 @@ def layer_groups(
     groups = _as_groups(layers, head, _starts(layers, n), bb.prefix if bb else '')
     return LayerGroups(groups, rule, bb.family.name if bb else type(model).__name__, bb.arch if bb else '', _no_wd_names(bb))
 
-# %% ../nbs/02_groups.ipynb #0d2d0665
+# %% ../nbs/02_groups.ipynb #6bf026d7
 class Splitter:
     "A fastai splitter: model -> its parameters in layer groups"
     def __init__(self,
@@ -482,15 +488,23 @@ class Splitter:
         if arch is not None: find_family(arch)
         self.arch,self.n_groups,self.groups = arch,n_groups,groups
 
-    def find(self, model, x=None):
+    def find(self,
+        model:nn.Module, # The model that it is for
+        x=None, # A batch to trace an unknown model with
+    )->LayerGroups: # Its layer groups
         "The groups of `model`, found anew unless the ones at hand fit it"
         if self.groups is None or self.groups.mismatch(model): self.groups = layer_groups(model, self.n_groups, self.arch, x)
         return self.groups
 
-    def __call__(self, model): return self.find(model)(model)
+    def __call__(self,
+        model:nn.Module, # The model that it is for
+    )->ParamLists: # Its parameters, one list a group
+        "The parameters of `model` in layer groups"
+        return self.find(model)(model)
+
     def __repr__(self): return f'Splitter(arch={self.arch!r}, n_groups={self.n_groups!r})'
 
-# %% ../nbs/02_groups.ipynb #4df85151
+# %% ../nbs/02_groups.ipynb #edd5815f
 def _locate(lists, params):
     "Group indices of each parameter name, and group entries that are not parameters of the model"
     names,where,strange = {id(p):n for n,p in params.items()},{n:[] for n in params},[]
@@ -508,7 +522,7 @@ def _partition_faults(lists, where, strange):
     yield from (f'{o} is no parameter of the model' for o in strange)
     yield from (f'group {i} is empty' for i,g in enumerate(lists) if not g)
 
-# %% ../nbs/02_groups.ipynb #32ef249d
+# %% ../nbs/02_groups.ipynb #56ff04be
 def _order_faults(where, tr):
     "Rule 2: each group begins after the one before it, and nothing in it runs before that one begins"
     pos,begin = tr.position,{}
@@ -526,7 +540,7 @@ def _head_faults(model, where, last):
     yield from (f'{n} is new, but in group {where[n][0]} and not in the last' for n in head if where[n][0]!=last)
     yield from (f'{bb.prefix+n} is pretrained body, but in the last group with the head' for n in body if where[bb.prefix+n][0]==last)
 
-# %% ../nbs/02_groups.ipynb #d50ce217
+# %% ../nbs/02_groups.ipynb #1091ea3a
 def _pickle_faults(splitter, model, where, params):
     "Rule 4"
     try: again = pickle.loads(pickle.dumps(splitter))

@@ -9,7 +9,7 @@ published fine-tuning recipes apply. `find_family` answers for an architecture n
 __all__ = ['DiscriminativeError', 'FamilyError', 'SplitterError', 'PresetError', 'WeightsError', 'Family', 'register_family',
            'list_families', 'find_family']
 
-# %% ../nbs/00_registry.ipynb #665cd07f
+# %% ../nbs/00_registry.ipynb #8db070c8
 import re,warnings
 from dataclasses import dataclass,field
 from difflib import get_close_matches
@@ -21,12 +21,12 @@ import timm
 from timm.models._registry import get_deprecated_models
 from torch import nn
 
-# %% ../nbs/00_registry.ipynb #43047896
+# %% ../nbs/00_registry.ipynb #9220b6df
 class DiscriminativeError(Exception): "Base of every error raised by `fastai_discriminative`"
 class FamilyError(DiscriminativeError, ValueError): "An architecture or family that nobody knows, or one registered twice"
 class SplitterError(DiscriminativeError, ValueError): "Layer groups that break a rule: missing, doubled or misplaced parameters, or an impossible `n_groups`"
 
-# %% ../nbs/00_registry.ipynb #994ee009
+# %% ../nbs/00_registry.ipynb #eb6fb0c0
 class PresetError(DiscriminativeError, ValueError): "A learning rate, slice or preset that cannot be used as given"
 class WeightsError(DiscriminativeError, ValueError): "A checkpoint file that is missing, damaged, or made for another architecture"
 
@@ -35,7 +35,7 @@ def _near(name, names, n=3):
     near = get_close_matches(str(name), list(names), n=n, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ''
 
-# %% ../nbs/00_registry.ipynb #cb4ff8e8
+# %% ../nbs/00_registry.ipynb #88c5941f
 @dataclass(frozen=True)
 class Family:
     "Backbones whose layers follow each other in the same way"
@@ -47,9 +47,11 @@ class Family:
     recipes:dict=field(default_factory=dict) # Pretraining regime -> ids of published recipes, see `preset_for`
     source:str='' # Paper or repository
     @property
-    def registered(self)->bool: return self.layers is not None
+    def registered(self)->bool:
+        "Does the family say how its layers follow each other?"
+        return self.layers is not None
 
-# %% ../nbs/00_registry.ipynb #37185804
+# %% ../nbs/00_registry.ipynb #9e7e3af6
 _families = {}
 
 def register_family(
@@ -72,13 +74,13 @@ def register_family(
         return layers
     return _inner
 
-# %% ../nbs/00_registry.ipynb #e17ecb9f
+# %% ../nbs/00_registry.ipynb #d44b4929
 def list_families()->list: # Every registered `Family`, in order of name
     "All registered families, including those of installed plug-ins"
     _load_plugins()
     return [_families[k] for k in sorted(_families)]
 
-# %% ../nbs/00_registry.ipynb #a1aa7e42
+# %% ../nbs/00_registry.ipynb #0783f847
 _plugins = dict(loaded=False)
 
 def _load_plugins():
@@ -89,7 +91,7 @@ def _load_plugins():
         try: ep.load()
         except Exception as e: warnings.warn(f"Families of plug-in {ep.name!r} ({ep.value}) could not be loaded: {type(e).__name__}: {e}")
 
-# %% ../nbs/00_registry.ipynb #1a46b5b1
+# %% ../nbs/00_registry.ipynb #986d9b76
 _renamed = get_deprecated_models()
 
 def _split_arch(name):
@@ -103,7 +105,7 @@ def _default_tag(arch):
     cfg = timm.get_pretrained_cfg(arch, allow_unregistered=True)
     return (getattr(cfg, 'tag', '') or '') if cfg and cfg.has_weights else ''
 
-# %% ../nbs/00_registry.ipynb #050cbe3a
+# %% ../nbs/00_registry.ipynb #bf6348fa
 @lru_cache(maxsize=None)
 def _find_name(arch, module):
     "The family of architecture name `arch` (may be `''`) defined in Python module `module`"
@@ -111,7 +113,7 @@ def _find_name(arch, module):
     fams = sorted(filter(_fits, _families.values()), key=lambda f: (bool(f.archs), bool(f.modules)))
     return fams[-1] if fams else Family(module.rpartition('.')[2] or 'unknown', modules=(module,))
 
-# %% ../nbs/00_registry.ipynb #f14306ce
+# %% ../nbs/00_registry.ipynb #2d3f385b
 def _find_str(name):
     "The family of an architecture given as a string"
     arch,tag = _split_arch(name)
@@ -124,7 +126,7 @@ def _find_str(name):
         raise FamilyError(f"{arch!r} has no pretrained tag {tag!r}.{_near(tag, tags)} It has: {', '.join(tags) or 'none'}.")
     return _find_name(arch, timm.model_entrypoint(arch).__module__)
 
-# %% ../nbs/00_registry.ipynb #bfdff8a7
+# %% ../nbs/00_registry.ipynb #346ba285
 def _arch_of(model):
     "Architecture (with tag) that a timm `model` was made as, or `''`"
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
@@ -132,7 +134,7 @@ def _arch_of(model):
     arch,tag = get('architecture', '') or '', get('tag', '') or ''
     return f'{arch}.{tag}' if arch and tag else arch
 
-# %% ../nbs/00_registry.ipynb #aac0e50c
+# %% ../nbs/00_registry.ipynb #6d9b6328
 def find_family(
     x, # Architecture name (with or without pretrained tag), architecture function, or model
 )->Family: # The registered family, or one named after the defining module and with `layers=None`

@@ -9,7 +9,7 @@ the way to find an order for models that nobody has registered."""
 # %% auto #0
 __all__ = ['ModelTrace', 'trace_order']
 
-# %% ../nbs/01_trace.ipynb #b796a8a1
+# %% ../nbs/01_trace.ipynb #901df480
 from contextlib import contextmanager
 from dataclasses import dataclass
 import random
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .registry import *
 
-# %% ../nbs/01_trace.ipynb #d8039723
+# %% ../nbs/01_trace.ipynb #a11965da
 class _FirstUse(TorchDispatchMode):
     "Note the names in `params` (name -> tensor) in order of first use"
     def __init__(self, params):
@@ -40,7 +40,7 @@ class _FirstUse(TorchDispatchMode):
         for o in (kwargs or {}).values(): self._see(o)
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/01_trace.ipynb #bd911853
+# %% ../nbs/01_trace.ipynb #8cb66505
 @contextmanager
 def _eval_mode(model):
     "`model` in eval mode, without autograd, with training flags, other attributes and random states restored at the end"
@@ -58,7 +58,7 @@ def _eval_mode(model):
         random.setstate(py)
         np.random.set_state(npr)
 
-# %% ../nbs/01_trace.ipynb #c77db639
+# %% ../nbs/01_trace.ipynb #577ea3ca
 def _input_sizes(model):
     "Candidate input sizes `(c,h,w)` of `model`, best first"
     cfgs = [c for c in (getattr(m, 'pretrained_cfg', None) or getattr(m, 'default_cfg', None) for m in model.modules()) if isinstance(c, dict)]
@@ -71,7 +71,7 @@ def _input_sizes(model):
         if isinstance(c, int): sizes.append((c,*sizes[0][1:]))
     return list(dict.fromkeys(sizes))
 
-# %% ../nbs/01_trace.ipynb #924706f3
+# %% ../nbs/01_trace.ipynb #19c4e0df
 @dataclass
 class ModelTrace:
     "What one forward pass showed"
@@ -80,9 +80,11 @@ class ModelTrace:
     device:str # Where it ran: `'meta'`, or the model's own device where meta tensors did not serve
 
     @property
-    def position(self)->dict: return {n:i for i,n in enumerate(self.order)}
+    def position(self)->dict:
+        "Parameter name -> its place in the order"
+        return {n:i for i,n in enumerate(self.order)}
 
-# %% ../nbs/01_trace.ipynb #c2173a67
+# %% ../nbs/01_trace.ipynb #b9d22b62
 def _as_meta(o): return torch.empty_like(o, device='meta') if isinstance(o, torch.Tensor) else o
 
 def _run(model, x, meta):
@@ -97,7 +99,7 @@ def _run(model, x, meta):
     with _eval_mode(model), mode: out = functional_call(model, {**params,**bufs}, x)
     return mode.order,out
 
-# %% ../nbs/01_trace.ipynb #d6f7501d
+# %% ../nbs/01_trace.ipynb #07fe51ec
 def _check_lazy(model):
     lazy = [n for n,p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy: raise SplitterError(f"Lazy parameters have no shape yet: {', '.join(lazy[:5])}. Run one batch through the model first, then split it.")
@@ -112,7 +114,7 @@ def _inputs(model, x, input_size):
     dtype = p.dtype if p is not None else None
     return [torch.zeros(1, *s, device=dev, dtype=dtype) for s in ([input_size] if input_size else _input_sizes(model))]
 
-# %% ../nbs/01_trace.ipynb #f6a6f1d5
+# %% ../nbs/01_trace.ipynb #1845c9ca
 def _try_inputs(model, x, input_size):
     "Run `model` on the first input and device that work: order of parameters, output, device"
     _check_lazy(model)
@@ -127,7 +129,7 @@ def _output(model, x=None, input_size=None):
     "What `model` returns, of the right shape but on the meta device where that works"
     return _try_inputs(model, x, input_size)[1]
 
-# %% ../nbs/01_trace.ipynb #1499c24c
+# %% ../nbs/01_trace.ipynb #7679044c
 def trace_order(
     model:nn.Module, # Any model, on any device; left exactly as it was
     x=None, # A batch to run it on (a tensor, a tuple of the model's inputs, or a function that returns one of these); zeros of `input_size` if `None`

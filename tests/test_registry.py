@@ -162,7 +162,7 @@ def test_unknown_function():
     assert not find_family(my_net).registered
     assert not find_family(torchvision.models.googlenet).registered
 
-@pytest.mark.parametrize('arch,name', [('test_resnet','resnet'), ('test_vit','vit'), ('test_convnext2','convnext'), ('cait_xxs24_224','cait')])
+@pytest.mark.parametrize('arch,name', [('resnet10t','resnet'), ('test_vit','vit'), ('convnext_atto','convnext'), ('cait_xxs24_224','cait')])
 def test_timm_models(arch, name):
     m = _meta(arch)
     assert _split_arch(_arch_of(m))[0]==arch and find_family(m)==find_family(arch) and find_family(m).name==name
