@@ -1,13 +1,16 @@
 "The command as a user runs it: in a process of its own"
 import os,re,shutil,signal,subprocess,sys,time
+from pathlib import Path
 import pytest,timm
+import fastai_discriminative
 from fastai.vision.all import Image,load_learner
 from fastai_discriminative.cli import _parser,main
 from fastai_discriminative.demo import clipart_path,lite0_weights
 
+_env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(fastai_discriminative.__file__).parent.parent), os.environ.get('PYTHONPATH', '')])}
 _cmd = [sys.executable, '-c', 'import sys; from fastai_discriminative.cli import main; sys.exit(main())']
 
-def _run(*args, cwd, timeout=300): return subprocess.run([*_cmd, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+def _run(*args, cwd, timeout=300): return subprocess.run([*_cmd, *map(str, args)], cwd=cwd, env=_env, capture_output=True, text=True, timeout=timeout)
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -102,12 +105,12 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_help_imports_nothing_heavy(tmp_path):
     code = "import sys; sys.argv[1:] = ['finetune','--help']\nfrom fastai_discriminative.cli import main\ntry: main()\nfinally: print(sorted({'torch','fastai','timm'}&set(sys.modules)))"
-    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=_env, capture_output=True, text=True)
     assert r.stdout.strip().endswith('[]') and '--weights-file' in r.stdout
 
 @pytest.mark.skipif(os.name=='nt', reason='no SIGINT to another process')
 def test_interrupt(tmp_path):
-    p = subprocess.Popen([*_cmd, 'demo', '--quiet'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([*_cmd, 'demo', '--quiet'], cwd=tmp_path, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while 'seed 42' not in (line := p.stdout.readline()): assert line, p.stderr.read()
     time.sleep(1)
     p.send_signal(signal.SIGINT)
