@@ -10,7 +10,7 @@ and the schedulers mean what they always mean. Inside, each group has a half tha
 # %% auto #0
 __all__ = ['OptimizerStateError', 'FusedOptimizer', 'fused_adamw', 'fused_sgd', 'optimizer_units']
 
-# %% ../nbs/05_optimizer.ipynb #b204e17a
+# %% ../nbs/05_optimizer.ipynb #8eb8540d
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import lru_cache
@@ -27,7 +27,7 @@ from fastai.optimizer import Optimizer,OptimWrapper
 
 from .registry import DiscriminativeError,_near
 
-# %% ../nbs/05_optimizer.ipynb #f803c184
+# %% ../nbs/05_optimizer.ipynb #2ddec439
 class OptimizerStateError(DiscriminativeError, ValueError): "Parameters, hyper-parameters or saved state that an optimiser cannot take"
 
 def _some(names, n=4):
@@ -37,7 +37,7 @@ def _some(names, n=4):
 
 def _is_param(o): return isinstance(o, Tensor) or (isinstance(o, tuple) and len(o)==2 and isinstance(o[0], str) and isinstance(o[1], Tensor))
 
-# %% ../nbs/05_optimizer.ipynb #25a0ce8f
+# %% ../nbs/05_optimizer.ipynb #327233b6
 def _read_params(params):
     "A splitter's result as plain lists of parameters, and their names (`None` where unknown)"
     if _is_param(params): params = [params]
@@ -55,7 +55,7 @@ def _read_params(params):
         f"Groups of {[len(g) for g in groups]} parameters came with {[len(g) for g in names]} names. Split the model again.")
     return groups,[list(g) for g in names]
 
-# %% ../nbs/05_optimizer.ipynb #da0cfc9e
+# %% ../nbs/05_optimizer.ipynb #208a775c
 def _check_params(groups, names):
     "Groups without repeats, and a name for each parameter that has one; raises `OptimizerStateError` for what cannot be optimised"
     where,label,used,res = {},{},set(),[]
@@ -76,7 +76,7 @@ def _check_params(groups, names):
             res[-1].append(p)
     return res,label
 
-# %% ../nbs/05_optimizer.ipynb #14db805e
+# %% ../nbs/05_optimizer.ipynb #ea6e4d8a
 _impls = ('fused', 'foreach', 'loop')
 
 @lru_cache(maxsize=None)
@@ -97,7 +97,7 @@ def _best_impl(opt, ps, impl=None):
     if impl and not all(_works(opt, impl, *k) for k in kinds): raise OptimizerStateError(f"torch {torch.__version__} has no {impl} {opt.__name__} for {_some(kinds)}. Leave `impl=None`.")
     return res
 
-# %% ../nbs/05_optimizer.ipynb #b119d4a3
+# %% ../nbs/05_optimizer.ipynb #33caad4b
 def _same_layout(a, b):
     "Do `a` and `b` order their elements in memory in the same way?"
     return a.stride()==b.stride() or all(s==t for s,t,n in zip(a.stride(), b.stride(), a.shape) if n>1)
@@ -106,7 +106,7 @@ def _like(p, v):
     "A copy of `v` with the device, dtype and memory layout of `p`"
     return torch.empty_like(p, requires_grad=False).copy_(v)
 
-# %% ../nbs/05_optimizer.ipynb #bdd8bb5a
+# %% ../nbs/05_optimizer.ipynb #a13cacb2
 _hyper_defaults = {'adam': dict(lr=1e-3, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01), 'sgd': dict(lr=1e-3, mom=0., wd=0.)}
 
 def _check_opt(opt, impl):
@@ -114,7 +114,7 @@ def _check_opt(opt, impl):
         raise OptimizerStateError(f"`FusedOptimizer` wraps torch's AdamW, Adam and SGD, not {opt!r}. For others use fastai's `OptimWrapper`.")
     if impl not in (None, *_impls): raise OptimizerStateError(f"Unknown `impl` {impl!r}: use one of {_some(_impls)}, or None.")
 
-# %% ../nbs/05_optimizer.ipynb #858e4445
+# %% ../nbs/05_optimizer.ipynb #5e9e575d
 class FusedOptimizer(OptimWrapper):
     "A torch `opt` under fastai's contract, with as many groups as `params` has lists; see `fused_adamw` and `fused_sgd`"
     hypers = None
@@ -146,7 +146,7 @@ class FusedOptimizer(OptimWrapper):
     @param_lists.setter
     def param_lists(self, v): self._lists,self._stale = [list(o) for o in v],True
 
-# %% ../nbs/05_optimizer.ipynb #bce2ea26
+# %% ../nbs/05_optimizer.ipynb #77b42668
 @patch
 def _check_no_wd(self:FusedOptimizer, no_wd):
     no_wd,known = frozenset([no_wd] if isinstance(no_wd, str) else no_wd),set(self._label.values())
@@ -161,7 +161,7 @@ def _decays(self:FusedOptimizer, p):
     if not self.decay_1d and (p.ndim<=1 or nm.split('.')[-1]=='bias'): return False
     return nm not in self.no_wd and self.state[p].get('do_wd', True)
 
-# %% ../nbs/05_optimizer.ipynb #abed88b2
+# %% ../nbs/05_optimizer.ipynb #1dbc1010
 @patch
 def _sort_groups(self:FusedOptimizer):
     "Sort each group's parameters in a decayed and an undecayed half, as groups of the torch optimiser"
@@ -176,7 +176,7 @@ def _sort_groups(self:FusedOptimizer):
     self._strides = [(p, p.stride()) for _,_,ps,impl in halves if impl=='fused' for p in ps if p.ndim>1]
     self._seen,self._stale = [None]*len(self._lists),False
 
-# %% ../nbs/05_optimizer.ipynb #bfed0175
+# %% ../nbs/05_optimizer.ipynb #75950734
 @patch
 def _fit_state(self:FusedOptimizer, p, impl):
     "Bring the moments of `p` to its device, dtype and memory layout"
@@ -195,7 +195,7 @@ def _fit_layout(self:FusedOptimizer):
         p.grad = p.grad.as_strided(p.shape, p.stride()) if _same_layout(p, p.grad) else _like(p, p.grad)
         self._fit_state(p, 'fused')
 
-# %% ../nbs/05_optimizer.ipynb #acdd302e
+# %% ../nbs/05_optimizer.ipynb #97006ea5
 @patch
 def set_hypers(self:FusedOptimizer, **kwargs):
     "Set several hyper-parameters, and read the parameters' flags again at the next step"
@@ -220,7 +220,7 @@ def _sync(self:FusedOptimizer):
         else: g['momentum'] = h['mom'] if self._use_mom else 0.
     self._seen = [dict(h) for h in self.hypers]
 
-# %% ../nbs/05_optimizer.ipynb #e3939396
+# %% ../nbs/05_optimizer.ipynb #401a908c
 @patch
 def zero_grad(self:FusedOptimizer):
     "Set all gradients to `None`"
@@ -243,7 +243,7 @@ def step(self:FusedOptimizer,
         if not sparse: raise
         raise OptimizerStateError(f"Sparse gradients are not supported, and {_some(sparse)} has one. Build the embedding with `sparse=False`.") from e
 
-# %% ../nbs/05_optimizer.ipynb #f6473f38
+# %% ../nbs/05_optimizer.ipynb #008bc661
 @patch
 def _check_trainable(self:FusedOptimizer):
     ps = [p for ps in self._lists for p in ps]
@@ -265,7 +265,7 @@ def _decay(self:FusedOptimizer):
         ps = [p for p in g['params'] if p.grad is not None] if decays and h['lr']*h['wd'] else []
         if ps: torch._foreach_mul_(ps, 1-h['lr']*h['wd'])
 
-# %% ../nbs/05_optimizer.ipynb #89ea1f10
+# %% ../nbs/05_optimizer.ipynb #47c7d810
 def fused_adamw(
     params:Iterable, # Lists of parameters, one a group: a splitter's result
     lr:float|slice, # Default learning rate
@@ -282,7 +282,7 @@ def fused_adamw(
     opt,kw = torch.optim.AdamW if decouple_wd else torch.optim.Adam,dict(decouple_wd=decouple_wd, decay_1d=decay_1d, no_wd=no_wd, impl=impl)
     return FusedOptimizer(params, opt, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kw)
 
-# %% ../nbs/05_optimizer.ipynb #ebc4018f
+# %% ../nbs/05_optimizer.ipynb #692b643f
 def fused_sgd(
     params:Iterable, # Lists of parameters, one a group: a splitter's result
     lr:float|slice, # Default learning rate
@@ -296,7 +296,7 @@ def fused_sgd(
     "fastai's `SGD`, stepped by torch's fused kernels, without decay of norms and biases"
     return FusedOptimizer(params, torch.optim.SGD, lr=lr, mom=mom, wd=wd, decouple_wd=decouple_wd, decay_1d=decay_1d, no_wd=no_wd, impl=impl)
 
-# %% ../nbs/05_optimizer.ipynb #ffe46c71
+# %% ../nbs/05_optimizer.ipynb #021a7f35
 @patch
 def freeze_to(self:FusedOptimizer,
     n:int # Groups before this one are frozen; negative counts from the end
@@ -310,7 +310,7 @@ def freeze_to(self:FusedOptimizer,
             if not p.requires_grad: p.grad = None
     self._stale = True
 
-# %% ../nbs/05_optimizer.ipynb #efda01c2
+# %% ../nbs/05_optimizer.ipynb #60669ca4
 @patch
 def clear_state(self:FusedOptimizer):
     "Drop all moments; keep fastai's flags (does nothing within `keep_state`)"
@@ -327,7 +327,7 @@ def keep_state(self:FusedOptimizer):
     try: yield self
     finally: self._keep = old
 
-# %% ../nbs/05_optimizer.ipynb #5b73a3ff
+# %% ../nbs/05_optimizer.ipynb #dd30b272
 _to_fastai = dict(exp_avg='grad_avg', exp_avg_sq='sqr_avg', momentum_buffer='grad_avg', step='step')
 
 @patch
@@ -348,7 +348,7 @@ def state_dict(self:FusedOptimizer)->dict: # Keys `state` and `hypers` as in fas
     hypers,sizes = [dict(h) for h in self.hypers],[len(ps) for ps in self._lists]
     return dict(state=state, hypers=hypers, names=self.param_names(), sizes=sizes, opt=type(self.opt).__name__)
 
-# %% ../nbs/05_optimizer.ipynb #d7a42394
+# %% ../nbs/05_optimizer.ipynb #b931b468
 def _read_state(sd):
     "State of ours, of a fastai optimiser, or of a torch optimiser in `OptimWrapper`, as `(states, hypers, names, sizes)`"
     if not isinstance(sd, dict) or not {'state'}<set(sd) or not {'hypers','param_groups'}&set(sd):
@@ -360,7 +360,7 @@ def _read_state(sd):
     hypers = [dict(lr=g['lr'], wd=g['weight_decay'], **extra(g)) for g in pgs]
     return states,hypers,None,[len(g['params']) for g in pgs]
 
-# %% ../nbs/05_optimizer.ipynb #41a98085
+# %% ../nbs/05_optimizer.ipynb #76e9c8f9
 @patch
 def _match(self:FusedOptimizer, states, hypers, names, sizes):
     "Saved state for each parameter, by name where both sides have names, else by position; and whether the groups are the same"
@@ -376,7 +376,7 @@ def _match(self:FusedOptimizer, states, hypers, names, sizes):
         f"and this optimiser has {n_gs}. Split in the same groups, or use a `Splitter` before saving: its state is matched by name.")
     return dict(zip(ps, states)),True
 
-# %% ../nbs/05_optimizer.ipynb #2e0797ff
+# %% ../nbs/05_optimizer.ipynb #7946a4b7
 @patch
 def _to_torch(self:FusedOptimizer, p, s):
     "Saved moments `s` as torch's optimiser holds them for `p`; raises `OptimizerStateError` if they do not fit"
@@ -390,7 +390,7 @@ def _to_torch(self:FusedOptimizer, p, s):
     if self._adam: res['step'] = torch.tensor(float(s['step']))
     return res
 
-# %% ../nbs/05_optimizer.ipynb #0b17fa41
+# %% ../nbs/05_optimizer.ipynb #d944e26a
 @patch
 def load_state_dict(self:FusedOptimizer,
     sd:dict # From `state_dict` of this class, a fastai optimiser, or an `OptimWrapper`
@@ -408,7 +408,7 @@ def load_state_dict(self:FusedOptimizer,
         for h,s in zip(self.hypers, hypers): h.update({k: float(s[k]) for k in h if k in s})
     self._stale = True
 
-# %% ../nbs/05_optimizer.ipynb #4cdd5e1e
+# %% ../nbs/05_optimizer.ipynb #5934c2e6
 def _units(opt):
     "Units of an optimiser, by the names of its classes or of its step functions"
     if isinstance(opt, OptimWrapper): return _units(opt.opt)
@@ -418,7 +418,7 @@ def _units(opt):
     names = [o.__name__.lower() for o in type(opt).__mro__]
     return 'adamw' if any('adam' in o for o in names) else 'sgd' if any(o.startswith('sgd') for o in names) else 'other'
 
-# %% ../nbs/05_optimizer.ipynb #0a55f2ea
+# %% ../nbs/05_optimizer.ipynb #d326159c
 def optimizer_units(
     opt:Callable|OptimWrapper|Optimizer # A Learner's `opt_func` or an optimiser
 )->str: # 'adamw', 'sgd' or 'other'
