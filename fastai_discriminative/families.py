@@ -8,10 +8,10 @@ regime (see `preset_for`). This page is also the list to copy from when you add 
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/04_families.ipynb #7bd8dbc8
+# %% ../nbs/04_families.ipynb #f2939643
 from .registry import *
 
-# %% ../nbs/04_families.ipynb #d42bda79
+# %% ../nbs/04_families.ipynb #77e0f716
 def _staged(stages, blocks='blocks', down='downsample'):
     "The blocks of each of `stages`, the first one together with its stage's downsampling"
     for s in stages:
@@ -19,7 +19,7 @@ def _staged(stages, blocks='blocks', down='downsample'):
         yield getattr(s, down, None),first
         yield from rest
 
-# %% ../nbs/04_families.ipynb #56a94f3a
+# %% ../nbs/04_families.ipynb #248bb31f
 def _get(m, *names): return tuple(getattr(m, n, None) for n in names)
 
 def _plain_vit(m):
@@ -28,7 +28,7 @@ def _plain_vit(m):
     yield from m.blocks
     yield from _get(m, 'norm', 'attn_pool', 'fc_norm')
 
-# %% ../nbs/04_families.ipynb #1ed4d3ba
+# %% ../nbs/04_families.ipynb #d70bb14d
 _resnet_recipes = dict(supervised=(179,181,185,223,224,225), intermediate=(223,224,225), supervised_large=(184,200), ssl=(188,192))
 _resnet_modules = tuple(f'timm.models.{o}' for o in ('resnet','resnest','sknet','res2net','senet'))
 
@@ -37,14 +37,14 @@ def _resnet(m):
     yield _get(m, 'layer0', 'conv1', 'bn1', 'maxpool')
     for s in (m.layer1, m.layer2, m.layer3, m.layer4): yield from s
 
-# %% ../nbs/04_families.ipynb #6db7a4ce
+# %% ../nbs/04_families.ipynb #0d53f4b8
 @register_family('regnet', 'timm.models.regnet', recipes=dict(supervised=(224,), intermediate=(224,), ssl=(187,)), source='https://arxiv.org/abs/2003.13678')
 def _regnet(m):
     yield m.stem
     for s in (m.s1, m.s2, m.s3, m.s4): yield from s.children()
     yield m.final_conv
 
-# %% ../nbs/04_families.ipynb #242254db
+# %% ../nbs/04_families.ipynb #a2282d55
 def _mobile(m):
     "Stem, inverted residual blocks, last convolution"
     yield m.conv_stem,m.bn1
@@ -57,7 +57,7 @@ register_family('mobilenetv3', ('timm.models.mobilenetv3','timm.models.hardcoren
     recipes=dict(supervised=(172,224), intermediate=(200,224), supervised_large=(200,)))(_mobile)
 register_family('mobilenetv4', 'timm.models.mobilenetv3', 'mobilenetv4_.*', source='https://arxiv.org/abs/2404.10518')(_mobile)
 
-# %% ../nbs/04_families.ipynb #2eb73974
+# %% ../nbs/04_families.ipynb #1d700c78
 def _convnext(m):
     yield m.stem
     yield from _staged(m.stages)
@@ -69,7 +69,7 @@ register_family('convnext', 'timm.models.convnext', source='https://github.com/f
 register_family('convnextv2', 'timm.models.convnext', '(test_)?convnextv2.*', source='https://github.com/facebookresearch/ConvNeXt-V2',
     recipes=dict(mim=(15,16,17), intermediate=(1,2,3,4,5)))(_convnext)
 
-# %% ../nbs/04_families.ipynb #63a9d3de
+# %% ../nbs/04_families.ipynb #62c3954a
 _vit_recipes = dict(supervised=(104,105), supervised_large=(46,48,49,53), intermediate=(53,105), mim=(55,56,57), clip=(87,88,89), ssl=(75,76,77,78,79))
 _vit_modules = tuple(f'timm.models.{o}' for o in ('vision_transformer','deit','vision_transformer_hybrid','vision_transformer_relpos'))
 
@@ -79,7 +79,7 @@ register_family('beit', 'timm.models.beit', source='https://github.com/microsoft
 register_family('eva', 'timm.models.eva', source='https://github.com/baaivision/EVA',
     recipes={**_vit_recipes, 'mim':(131,132,133,134,135), 'intermediate':(129,139,140), 'clip':(87,88,89,130)})(_plain_vit)
 
-# %% ../nbs/04_families.ipynb #4bc6ae63
+# %% ../nbs/04_families.ipynb #10327f5a
 def _swin(m):
     yield _get(m, 'patch_embed', 'absolute_pos_embed', 'pos_embed')
     yield from _staged(m.layers if hasattr(m, 'layers') else m.stages)
@@ -91,7 +91,7 @@ register_family('swin', ('timm.models.swin_transformer','timm.models.swin_transf
 register_family('swinv2', 'timm.models.swin_transformer_v2', source='https://github.com/microsoft/Swin-Transformer',
     recipes=dict(supervised=(34,), supervised_large=(35,), intermediate=(35,), mim=(38,)))(_swin)
 
-# %% ../nbs/04_families.ipynb #11a394c2
+# %% ../nbs/04_families.ipynb #8a5432ca
 def _maxvit(m):
     yield m.stem
     yield from _staged(m.stages)
@@ -101,7 +101,7 @@ def _maxvit(m):
 register_family('maxvit', 'timm.models.maxxvit', recipes=dict(supervised=(141,), intermediate=(141,)), source='https://arxiv.org/abs/2204.01697')(_maxvit)
 register_family('coatnet', 'timm.models.maxxvit', '(test_)?coat.*', source='https://arxiv.org/abs/2106.04803')(_maxvit)
 
-# %% ../nbs/04_families.ipynb #c4dfe167
+# %% ../nbs/04_families.ipynb #b96e0e68
 @register_family('metaformer', 'timm.models.metaformer', recipes=dict(supervised=(146,), supervised_large=(146,), intermediate=(146,)),
     source='https://github.com/sail-sg/metaformer')
 def _metaformer(m):
@@ -115,7 +115,7 @@ def _pit(m):
     yield from _staged(m.transformers, down='pool')
     yield m.norm
 
-# %% ../nbs/04_families.ipynb #87a0a391
+# %% ../nbs/04_families.ipynb #9e912211
 @register_family('vgg', 'timm.models.vgg', recipes=dict(supervised=(181,)), source='https://arxiv.org/abs/1409.1556')
 def _vgg(m):
     yield from m.features
@@ -131,7 +131,7 @@ def _hrnet(m):
         yield from rest
     yield _get(m, 'incre_modules', 'downsamp_modules', 'final_layer')
 
-# %% ../nbs/04_families.ipynb #6d0878d5
+# %% ../nbs/04_families.ipynb #5c88b3f6
 def _dense(features):
     "Layers of a DenseNet's `features`: dense layers one by one, all else as it comes"
     for n,m in features.named_children():
@@ -148,7 +148,7 @@ def _mixer(m):
     yield from m.blocks
     yield m.norm
 
-# %% ../nbs/04_families.ipynb #d3cc30a3
+# %% ../nbs/04_families.ipynb #ca63f3ed
 @register_family('tv_resnet', 'torchvision.models.resnet', r'ResNet|(wide_)?resnet.*|resnext.*', recipes=_resnet_recipes, source='https://arxiv.org/abs/1512.03385')
 def _tv_resnet(m):
     conv,bn,*rest = (c for c in m.children() if type(c).__name__!='Linear')
@@ -161,7 +161,7 @@ def _xresnet(m):
     yield [c for c in m.children() if type(c).__name__=='ConvLayer']
     for s in stages: yield from s
 
-# %% ../nbs/04_families.ipynb #852814e7
+# %% ../nbs/04_families.ipynb #7492bcdb
 def _features(m):
     "The convolutions of a torchvision model, or of its cut body, and the hidden layers of its classifier"
     yield from _dense(m.features if hasattr(m, 'features') else next(m.children()))

@@ -9,7 +9,7 @@ bit for bit as without this package."""
 # %% auto #0
 __all__ = ['TrueFreeze', 'LearnerGroups', 'discriminative_learner']
 
-# %% ../nbs/06_learner.ipynb #aeb5b730
+# %% ../nbs/06_learner.ipynb #3112232b
 import inspect,math,random,warnings
 from contextlib import contextmanager
 from functools import wraps
@@ -33,7 +33,7 @@ from .groups import _clean,_find_backbone,_group_cols,_group_rows,_html_table,_n
 from .presets import *
 from .optimizer import *
 
-# %% ../nbs/06_learner.ipynb #59a48ebc
+# %% ../nbs/06_learner.ipynb #9b299d23
 _norm_types = norm_types + (nn.RMSNorm,) if hasattr(nn, 'RMSNorm') else norm_types
 _train_norms = ('group', 'affine', True, False)
 
@@ -48,7 +48,7 @@ def _norms(model):
     "Norm modules of `model` as `(clean name, module)`"
     return [(_clean(n),m) for n,m in model.named_modules() if _is_norm(m)]
 
-# %% ../nbs/06_learner.ipynb #ef9a89b4
+# %% ../nbs/06_learner.ipynb #6b7101bd
 def _group_of(name, where):
     "Index of the group that module `name` belongs to, by the parameters below it or below its nearest parent with any"
     while True:
@@ -56,14 +56,14 @@ def _group_of(name, where):
         if found or not name: return min(found, default=0)
         name = name.rpartition('.')[0]
 
-# %% ../nbs/06_learner.ipynb #4bbf1c30
+# %% ../nbs/06_learner.ipynb #ee5ad5f3
 def _frozen_idx(opt):
     "Number of leading groups of `opt` that are frozen: by `freeze_to`, or because none of their parameters trains (norms that fastai forces to aside)"
     def _still(p): return not p.requires_grad or opt.state.get(p, {}).get('force_train', False)
     lists = list(opt.param_lists)
     return max(opt.frozen_idx, next((i for i,ps in enumerate(lists) if not ps or not all(map(_still, ps))), len(lists)))
 
-# %% ../nbs/06_learner.ipynb #5427ec33
+# %% ../nbs/06_learner.ipynb #e5d5042e
 class TrueFreeze(Callback):
     "Keep frozen groups exactly as they are; added by `Learner.split`"
     order = 5 # after `TrainEvalCallback`, which puts the whole model into train mode
@@ -77,7 +77,7 @@ class TrueFreeze(Callback):
         if self.training and self.opt.frozen_idx!=self.at: self.hold()
     def after_fit(self): self.release()
 
-# %% ../nbs/06_learner.ipynb #5ec47cda
+# %% ../nbs/06_learner.ipynb #10d4dde7
 @patch
 def hold(self:TrueFreeze):
     "Put what is frozen now to rest"
@@ -104,12 +104,12 @@ def release(self:TrueFreeze):
     for m in self.still: m.train(self.model.training)
     self.still,self.off = [],[]
 
-# %% ../nbs/06_learner.ipynb #88185610
+# %% ../nbs/06_learner.ipynb #3d53b1d9
 def _check_train_norm(v):
     if isinstance(v, (bool,str)) and v in _train_norms: return v
     raise SplitterError(f"train_norm={v!r} is not 'group', 'affine', True or False.{_near(v, ['group','affine'])}")
 
-# %% ../nbs/06_learner.ipynb #c46d9fb6
+# %% ../nbs/06_learner.ipynb #ab5f38bf
 def _check_lr(lr, groups):
     "Raise `PresetError` if `lr`, a number, slice or list, makes no sense for `groups`"
     vals = [v for v in (lr.start, lr.stop) if v is not None] if isinstance(lr, slice) else list(lr) if is_listy(lr) else [lr]
@@ -122,7 +122,7 @@ def _check_lr(lr, groups):
     if lr.start and lr.start>lr.stop:
         raise PresetError(f"slice({lr.start:g}, {lr.stop:g}) is reversed: the first layers would learn fastest. Use slice({lr.stop:g}, {lr.start:g}), or a list of {len(groups)} rates.")
 
-# %% ../nbs/06_learner.ipynb #e94b9769
+# %% ../nbs/06_learner.ipynb #acb10584
 @contextmanager
 def _same_random():
     "Leave the random numbers of torch, numpy and Python as they were"
@@ -141,7 +141,7 @@ def _one_input(learn):
     n = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     return tuple(o.as_subclass(Tensor) if isinstance(o, TensorBase) else o for o in b[:n])
 
-# %% ../nbs/06_learner.ipynb #3f972879
+# %% ../nbs/06_learner.ipynb #5fbcf7f1
 def _frozen_names(learn):
     "Names of the parameters in frozen groups, and of those that do not train although their group does"
     ps = _named_params(learn.model)
@@ -152,7 +152,7 @@ def _n_frozen(groups, frozen):
     "Number of leading `groups` all of whose parameters are in `frozen`"
     return next((i for i,g in enumerate(groups) if not frozen.issuperset(g.param_names)), len(groups))
 
-# %% ../nbs/06_learner.ipynb #f7b737ad
+# %% ../nbs/06_learner.ipynb #34b88aaa
 def _check_units(preset, opt_func):
     "Raise `PresetError` if the rates of `preset` are in other units than those of `opt_func`, warn if nobody knows"
     units = optimizer_units(opt_func)
@@ -171,7 +171,7 @@ def _as_preset(preset, learn, arch, opt_func):
     except PresetError:
         if preset: raise
 
-# %% ../nbs/06_learner.ipynb #454c3293
+# %% ../nbs/06_learner.ipynb #00c26767
 def _keep_moments(old, new):
     "Give `new` the moments that optimiser `old` of the same kind holds"
     if isinstance(old, FusedOptimizer) and isinstance(new, FusedOptimizer) and type(old.opt) is type(new.opt):
@@ -193,7 +193,7 @@ def _new_opt(learn, n_frozen, still, **attrs):
     for n,p in _named_params(learn.model).items():
         if n in still: p.requires_grad_(False)
 
-# %% ../nbs/06_learner.ipynb #d11b8624
+# %% ../nbs/06_learner.ipynb #9889853d
 @patch
 def split(self:Learner,
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
@@ -214,7 +214,7 @@ def split(self:Learner,
     self.preset,self.peak_lrs = preset,None
     return self.remove_cbs(TrueFreeze).add_cb(cb)
 
-# %% ../nbs/06_learner.ipynb #6bd0de5e
+# %% ../nbs/06_learner.ipynb #afa84d8f
 def _is_split(learn): return isinstance(getattr(learn, 'splitter', None), Splitter)
 
 def _effective_batch(learn, cbs=None):
@@ -227,7 +227,7 @@ def _preset_lrs(learn, preset, cbs=None):
     "Rates of `preset` for the groups of `learn` at its effective batch"
     return preset.scaled(*_effective_batch(learn, cbs)).lrs(learn.splitter.find(learn.model))
 
-# %% ../nbs/06_learner.ipynb #ea3a165e
+# %% ../nbs/06_learner.ipynb #7fcfce2c
 def _resolve_lr(learn, lr, cbs=None):
     "What to hand to fastai for `lr`: unchanged unless it is a preset; checked if the learner is split"
     if isinstance(lr, (str,Preset)):
@@ -242,7 +242,7 @@ def _resolve_lr(learn, lr, cbs=None):
     if _is_split(learn): learn.peak_lrs = learn.lr if lr is None else lr
     return lr
 
-# %% ../nbs/06_learner.ipynb #8b964179
+# %% ../nbs/06_learner.ipynb #7d4e1ade
 def _takes_preset(name, arg):
     "Let `Learner`'s method `name` take a preset as its argument `arg`"
     f = getattr(Learner, name)
@@ -263,7 +263,7 @@ def _takes_preset(name, arg):
 
 for _name,_arg in dict(fit='lr', fit_one_cycle='lr_max', fit_flat_cos='lr', fit_sgdr='lr_max').items(): _takes_preset(_name, _arg)
 
-# %% ../nbs/06_learner.ipynb #87934b0d
+# %% ../nbs/06_learner.ipynb #203ab486
 class LearnerGroups(LayerGroups):
     "The layer groups of a learner, with the learning rate, weight decay and frozen state of each"
     def __init__(self, groups:LayerGroups, lrs, wds, frozen):
@@ -277,7 +277,7 @@ class LearnerGroups(LayerGroups):
     def __repr__(self): return f'{_title(self)}\n{_text_table(*self._cols_rows())}'
     def _repr_html_(self): return f'<p>{_title(self)}</p>{_html_table(*self._cols_rows())}'
 
-# %% ../nbs/06_learner.ipynb #7f04e9f8
+# %% ../nbs/06_learner.ipynb #ea1e17c5
 def _stock_groups(learn):
     "Groups of a learner that was not split"
     names,lists = {id(p):n for n,p in _named_params(learn.model).items()},learn.splitter(learn.model)
@@ -299,7 +299,7 @@ def _shown_lrs(learn, n):
     opt.set_hyper('lr', now)
     return res
 
-# %% ../nbs/06_learner.ipynb #9fb190fb
+# %% ../nbs/06_learner.ipynb #64758b43
 @patch(as_prop=True)
 def layer_groups(self:Learner)->LearnerGroups: # Sequence of groups; a table in a notebook
     "The learner's parameter groups: layers, parameters, share, learning rate, weight decay, frozen or not"
@@ -308,7 +308,7 @@ def layer_groups(self:Learner)->LearnerGroups: # Sequence of groups; a table in 
     wd = [h.get('wd', 0.) if self.wd is None else self.wd for h in self.opt.hypers]
     return LearnerGroups(groups, _shown_lrs(self, len(groups)), wd, [i<_frozen_idx(self.opt) for i in range(len(groups))])
 
-# %% ../nbs/06_learner.ipynb #b7eabbc4
+# %% ../nbs/06_learner.ipynb #83a896aa
 def _read_weights(path):
     "Tensors of the checkpoint at `path` (name -> tensor)"
     path = Path(path)
@@ -331,7 +331,7 @@ def _read_weights(path):
     body = {k[len('0.model.'):]:v for k,v in tensors.items() if k.startswith('0.model.')} # saved by a fastai learner
     return body or tensors
 
-# %% ../nbs/06_learner.ipynb #d680b9be
+# %% ../nbs/06_learner.ipynb #43f69178
 @contextmanager
 def _loaded_keys():
     "Record what each `load_state_dict` call within did not find or use"
@@ -350,7 +350,7 @@ def _check_loaded(path, arch, keys, classifier):
         raise WeightsError(f"{str(path)!r} does not fit {arch!r}: " + '; '.join(f"{len(o)} weights {w}, such as {', '.join(o[:3])}"
             for o,w in ((gone,'are missing'), (new,'are not the model\'s')) if o) + ". Name the architecture that the file was saved from.")
 
-# %% ../nbs/06_learner.ipynb #a4c7664b
+# %% ../nbs/06_learner.ipynb #8ca9280b
 def _timm_model(arch, pretrained, weights_file, n_in, **kwargs):
     "A timm backbone without classifier, with weights from `weights_file` if there is one"
     kwargs = dict(num_classes=0, in_chans=n_in, **kwargs)
@@ -368,7 +368,7 @@ def _timm_model(arch, pretrained, weights_file, n_in, **kwargs):
     model.pretrained_cfg.pop('state_dict', None)
     return model
 
-# %% ../nbs/06_learner.ipynb #c09eb0d6
+# %% ../nbs/06_learner.ipynb #cfb71920
 class _Pooled(nn.Module):
     "A backbone followed by the mean over its tokens or positions, for encoders that do not pool"
     def __init__(self, model, channels_last):
@@ -389,7 +389,7 @@ def _timm_body(model, input_size=None):
     last = out.ndim==3 or out.shape[-1]==model.num_features
     return _Pooled(model, last),out.shape[-1] if last else out.shape[1]
 
-# %% ../nbs/06_learner.ipynb #3add217b
+# %% ../nbs/06_learner.ipynb #55a4d14c
 def _create_model(arch, n_out, pretrained, weights_file, n_in, head_args, timm_args):
     "Body and head for timm's `arch`, and its pretrained config"
     model = _timm_model(arch, pretrained, weights_file, n_in, **timm_args)
@@ -428,7 +428,7 @@ def discriminative_learner(
     if normalize: norm() # last, so that a call that fails leaves `dls` alone
     return learn
 
-# %% ../nbs/06_learner.ipynb #5c9fb029
+# %% ../nbs/06_learner.ipynb #4d4f6da3
 def _check_args(arch, kwargs, weights_file):
     "Raise for arguments that would be passed over in silence"
     bad = [k for k in ('train_bn','splitter') if k in kwargs]
