@@ -4,6 +4,7 @@ from copy import deepcopy
 from itertools import combinations
 
 import numpy as np,pytest,timm,torch,torchvision
+from fastai.torch_core import TensorBase
 from fastai.vision.learner import create_body,create_timm_model,create_unet_model,create_vision_model
 from torch import nn
 from timm.models.vision_transformer import Block,VisionTransformer
@@ -13,9 +14,13 @@ from fastai_discriminative.groups import _merge_small,_named_params,_natural,_pa
 from fastai_discriminative.presets import *
 from fastai_discriminative.registry import *
 from fastai_discriminative.registry import _families,_find_name
+from fastai_discriminative.trace import _FirstUse
 
 def _meta(arch, **kwargs):
-    with torch.device('meta'): return timm.create_model(arch, **kwargs)
+    "A model without weights, or a real one where the oldest timm cannot make it without"
+    try:
+        with torch.device('meta'): return timm.create_model(arch, **kwargs)
+    except NotImplementedError: return timm.create_model(arch, **kwargs)
 
 def _names(model): return [n for n,_ in model.named_parameters()]
 
@@ -201,13 +206,20 @@ def test_torchvision_cut_and_whole(f):
     gs = _sound(layer_groups(m, arch=f), m)
     assert gs.rule=='registered' and all(n.startswith('1.') for n in gs[-1].param_names)
 
+def _casts_in_a_trace():
+    "The oldest torch cannot cast to fastai's tensors, as its U-Net does at the end, under a dispatch mode"
+    with _FirstUse({}):
+        try: return torch.zeros(1).as_subclass(TensorBase) is not None
+        except RuntimeError as e: return 'already associated' not in str(e)
+
 def test_unet():
     m = create_unet_model(torchvision.models.resnet18, 3, (64,64), pretrained=False)
     for arch,rule in ((torchvision.models.resnet18,'registered'), (None,'traced')):
+        if rule=='traced' and not _casts_in_a_trace(): continue
         gs = _sound(layer_groups(m, arch=arch, input_size=(3,64,64)), m)
         assert gs.rule==rule
         assert all(n.startswith('layers.0.') for g in gs[:-1] for n in g.param_names) and not any(n.startswith('layers.0.') for n in gs[-1].param_names)
-    check_splitter(Splitter(torchvision.models.resnet18, 'block'), m, input_size=(3,64,64))
+    if _casts_in_a_trace(): check_splitter(Splitter(torchvision.models.resnet18, 'block'), m, input_size=(3,64,64))
 
 def test_two_backbones():
     "Side by side, both are pretrained: neither may be taken for the head"

@@ -322,7 +322,7 @@ def test_nothing_is_kept():
     gc.collect()
     assert len([o for o in gc.get_objects() if type(o) is nn.Parameter])==n
 
-def test_whole_large_model_on_meta_without_memory():
-    with torch.device('meta'): m = timm.create_model('vit_giant_patch14_224')
+def test_large_model_on_meta_without_memory():
+    with torch.device('meta'): m = timm.create_model('resnet152')
     tr = trace_order(m)
     assert len(tr.order)==len(list(m.parameters())) and tr.device=='meta'
