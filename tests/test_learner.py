@@ -7,8 +7,9 @@ from PIL import Image
 from timm.layers import EvoNorm2dB0
 from torch import nn
 
-from fastai.vision.all import (Adam,Callback,CancelFitException,CrossEntropyLossFlat,DataLoaders,GradientAccumulation,ImageBlock,ImageDataLoaders,Learner,MaskBlock,Normalize,
-    OptimWrapper,ProgressCallback,RMSProp,SGD,DataBlock,accuracy,error_rate,load_learner,noop,resnet18,squeezenet1_1,unet_learner,vision_learner,xresnet18)
+from fastai.vision.all import (Adam,Callback,CancelFitException,CrossEntropyLossFlat,DataLoaders,GradientAccumulation,ImageBlock,ImageDataLoaders,Learner,
+    MaskBlock,Normalize,OptimWrapper,ProgressCallback,RMSProp,SGD,DataBlock,accuracy,error_rate,load_learner,noop,resnet18,
+    squeezenet1_1,unet_learner,vision_learner,xresnet18)
 from torch.utils.data import TensorDataset
 from fastai.data.all import DataLoader
 
@@ -72,7 +73,9 @@ def changed(learn, before): return {n for n,o in learn.model.state_dict().items(
 def flags(learn): return {n:p.requires_grad for n,p in learn.model.named_parameters()}
 def frozen_names(learn): return {n for g,f in zip(learn.layer_groups, learn.layer_groups.frozen) for n in g.param_names if f}
 def lists(opt): return [[id(p) for p in ps] for ps in opt.param_lists]
-def norm_modules(learn): return {n:m for n,m in learn.model.named_modules() if 'Norm' in type(m).__name__ and not any(True for c in m.children() for _ in c.parameters())}
+def norm_modules(learn):
+    def bare(m): return not any(True for c in m.children() for _ in c.parameters())
+    return {n:m for n,m in learn.model.named_modules() if 'Norm' in type(m).__name__ and bare(m)}
 def norm_names(learn): return {f'{n}.{k}' for n,m in norm_modules(learn).items() for k in m.state_dict()}
 def body(names): return {n for n in names if n.startswith('0.')}
 def under(names, groups):
@@ -83,8 +86,10 @@ def under(names, groups):
 def snapshot(learn):
     "All that a refused call must leave alone"
     opt = learn.opt
-    return dict(w=weights(learn), f=flags(learn), mode={n:m.training for n,m in learn.model.named_modules()}, spl=learn.splitter, opt=opt, func=learn.opt_func, cbs=list(learn.cbs), bn=learn.train_bn,
-        preset=learn.__dict__.get('preset'), peak=learn.__dict__.get('peak_lrs'), hyp=opt and [dict(h) for h in opt.hypers], idx=opt and opt.frozen_idx, lists=opt and lists(opt), rng=torch.get_rng_state())
+    return dict(w=weights(learn), f=flags(learn), mode={n:m.training for n,m in learn.model.named_modules()}, spl=learn.splitter, opt=opt,
+        func=learn.opt_func, cbs=list(learn.cbs), bn=learn.train_bn,
+        preset=learn.__dict__.get('preset'), peak=learn.__dict__.get('peak_lrs'), hyp=opt and [dict(h) for h in opt.hypers], idx=opt and opt.frozen_idx,
+        lists=opt and lists(opt), rng=torch.get_rng_state())
 
 def unchanged(learn, was):
     now = snapshot(learn)
@@ -123,7 +128,8 @@ _script = '''
         dls = ImageDataLoaders.from_folder(sys.argv[2], valid_pct=0.3, seed=1, bs=8, num_workers=0, batch_tfms=[Flip(), Brightness()])
         learn = vision_learner(dls, 'resnet10t', pretrained=False, metrics=accuracy)
         f(learn)
-        res[name] = {**learn.model.state_dict(), 'rng': torch.get_rng_state(), 'lrs': tensor([h['lr'] for h in learn.opt.hypers]), 'loss': tensor(learn.recorder.losses)}
+        res[name] = {**learn.model.state_dict(), 'rng': torch.get_rng_state(), 'lrs': tensor([h['lr'] for h in learn.opt.hypers]),
+            'loss': tensor(learn.recorder.losses)}
     go('fine_tune', lambda l: l.fine_tune(2))
     go('number', lambda l: l.fit_one_cycle(2, 3e-3))
     go('none', lambda l: l.fit_one_cycle(2))
@@ -150,13 +156,15 @@ def test_a_stock_learner_takes_reversed_and_zero_rates_as_ever(dls):
     assert learn.opt.hypers[0]['lr']>learn.opt.hypers[-1]['lr']
 
 def test_calls_look_as_in_fastai():
-    for name,args in (('fit_one_cycle',['self','n_epoch','lr_max','div']), ('fit_flat_cos',['self','n_epoch','lr','div_final']), ('fit',['self','n_epoch','lr','wd'])):
+    for name,args in (('fit_one_cycle',['self','n_epoch','lr_max','div']), ('fit_flat_cos',['self','n_epoch','lr','div_final']),
+        ('fit',['self','n_epoch','lr','wd'])):
         assert list(inspect.signature(getattr(Learner, name)).parameters)[:4]==args
     with pytest.raises(TypeError): Learner.fit_one_cycle(object())
 
 # ---- rule 6: frozen is frozen
 
-kinds = dict(adam=dict(opt_func=Adam), fused_adamw=dict(opt_func=fused_adamw), sgd=dict(opt_func=partial(SGD, mom=0.9)), fused_sgd=dict(opt_func=partial(fused_sgd, mom=0.9)))
+kinds = dict(adam=dict(opt_func=Adam), fused_adamw=dict(opt_func=fused_adamw), sgd=dict(opt_func=partial(SGD, mom=0.9)),
+    fused_sgd=dict(opt_func=partial(fused_sgd, mom=0.9)))
 
 def warm(dls, opt, n_groups=4, train_norm='group', arch='resnet10t', **kwargs):
     "A split learner that has trained unfrozen, so that there is momentum"
@@ -215,7 +223,8 @@ def test_from_the_first_fit_on_a_frozen_learner_is_frozen(dls, train_norm):
 @pytest.mark.parametrize('arch', ['test_efficientnet','test_vit','test_byobnet','evonorm','xresnet18'])
 def test_other_kinds_of_norms_freeze_as_well(dls, arch):
     if arch=='xresnet18': learn = quiet(discriminative_learner(dls, xresnet18, pretrained=False))
-    elif arch=='evonorm': learn = plain(dls, nn.Sequential(*[nn.Sequential(nn.Conv2d(i,8,3), EvoNorm2dB0(8)) for i in (3,8,8)], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,3))).split(3) # has running_var
+    elif arch=='evonorm': learn = plain(dls, nn.Sequential(*[nn.Sequential(nn.Conv2d(i,8,3), EvoNorm2dB0(8)) for i in (3,8,8)], nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8,3))).split(3)
     else: learn = ours(dls, arch, **(dict(img_size=32) if 'vit' in arch else {}))
     learn.freeze()
     before,cold = weights(learn),learn.layer_groups[:-1]
@@ -367,7 +376,8 @@ def test_split_on_unet(folder):
     learn.fit_one_cycle(1, 1e-2)
     assert not {n for n in changed(learn, before) if n.startswith('layers.0.')}
 
-@pytest.mark.parametrize('make,rule', [(lambda: timm.create_model('resnet10t', num_classes=3), 'registered'), (lambda: timm.create_model('test_byobnet', num_classes=3), 'timm'),
+@pytest.mark.parametrize('make,rule', [(lambda: timm.create_model('resnet10t', num_classes=3), 'registered'),
+    (lambda: timm.create_model('test_byobnet', num_classes=3), 'timm'),
     (lambda: squeezenet1_1(num_classes=3), 'registered'), (own_net, 'traced'), (Tied, 'traced')], ids=['timm','timm-matcher','torchvision','own','tied'])
 def test_split_on_a_plain_learner(dls, make, rule):
     learn = plain(dls, make()).split(3)
@@ -394,8 +404,7 @@ def test_shared_parameters_belong_to_the_first_group_that_uses_them(dls):
     where = {n:i for i,g in enumerate(groups) for n in g.param_names}
     assert where['stem.0.weight']<=where['a.weight']<where['b.weight'] and 'c.weight' not in where
 
-def test_names_that_only_look_like_a_wrappers(dls):
-    check_groups(plain(dls, Inner()).split('block'))
+def test_names_that_only_look_like_a_wrappers(dls): check_groups(plain(dls, Inner()).split('block'))
 
 def test_a_learner_with_an_arch_of_its_own(dls):
     learn = plain(dls, own_net())
@@ -448,9 +457,11 @@ def test_rates_that_cannot_be_meant_are_refused(dls, fit, lr, words):
     for w in words: assert w in str(e.value)
     unchanged(learn, was)
 
-@pytest.mark.parametrize('lr', [0., 1e-3, slice(1e-3), slice(1e-4,1e-3), slice(1e-3,1e-3), slice(0,1e-3), [1e-3]*4, [1e-3], [1e-3,1e-4,1e-5,0.], np.array([1e-4]*4), np.array([1e-4]*4, np.float32), (1e-4,)*4, None])
+@pytest.mark.parametrize('lr', [0., 1e-3, slice(1e-3), slice(1e-4,1e-3), slice(1e-3,1e-3), slice(0,1e-3), [1e-3]*4, [1e-3], [1e-3,1e-4,1e-5,0.],
+    np.array([1e-4]*4), np.array([1e-4]*4, np.float32), (1e-4,)*4, None])
 def test_rates_that_fastai_takes_arrive_as_in_fastai(dls, lr):
-    learn,ref = stock(dls).split(4),Learner(dls, nn.Linear(1,1), loss_func=CrossEntropyLossFlat(), splitter=lambda m: [[nn.Parameter(torch.zeros(1))] for _ in range(4)])
+    learn,ref = stock(dls).split(4),Learner(dls, nn.Linear(1,1), loss_func=CrossEntropyLossFlat(),
+        splitter=lambda m: [[nn.Parameter(torch.zeros(1))] for _ in range(4)])
     ref.create_opt()
     ref.opt.set_hyper('lr', ref.lr if lr is None else lr)
     learn.fit(1, lr)
@@ -531,12 +542,14 @@ def test_an_optimizer_that_fails_leaves_the_learner_alone(dls):
     learn.freeze()
     refuses(learn, RuntimeError, 'only two', n_groups=4)
 
-@pytest.mark.parametrize('arch,words', [('resnet10tt', ["'resnet10tt'","'resnet10t'"]), ('convnxt_tiny', ['convnext_tiny']), ('resnet10t.nope', ['nope','c3_in1k']), (None, ['NoneType'])])
+@pytest.mark.parametrize('arch,words', [('resnet10tt', ["'resnet10tt'","'resnet10t'"]), ('convnxt_tiny', ['convnext_tiny']),
+    ('resnet10t.nope', ['nope','c3_in1k']), (None, ['NoneType'])])
 def test_unknown_architectures(dls, arch, words):
     with pytest.raises(FamilyError) as e: discriminative_learner(dls, arch, pretrained=False)
     for w in words: assert w in str(e.value)
 
-@pytest.mark.parametrize('kwargs,exc', [(dict(n_groups=99), SplitterError), (dict(preset='nope'), FamilyError), (dict(train_norm='nope'), SplitterError), (dict(preset=Preset(1e-3,1e-2,optimizer='sgd')), PresetError)])
+@pytest.mark.parametrize('kwargs,exc', [(dict(n_groups=99), SplitterError), (dict(preset='nope'), FamilyError), (dict(train_norm='nope'), SplitterError),
+    (dict(preset=Preset(1e-3,1e-2,optimizer='sgd')), PresetError)])
 def test_a_refused_learner_leaves_the_data_alone(dls, tmp_path, kwargs, exc):
     torch.save(timm.create_model('resnet10t').state_dict(), tmp_path/'w.pth')
     was = list(dls.after_batch.fs)
@@ -565,9 +578,11 @@ def save_as(kind, sd, path):
     if kind=='safetensors':
         save_file(sd, path/'a.safetensors')
         return path/'a.safetensors'
-    wrap = dict(pth=lambda: sd, state_dict=lambda: dict(state_dict=sd, epoch=3), model=lambda: dict(model=sd), ema=lambda: dict(state_dict={k:torch.zeros_like(v) for k,v in sd.items()}, state_dict_ema=sd),
+    wrap = dict(pth=lambda: sd, state_dict=lambda: dict(state_dict=sd, epoch=3), model=lambda: dict(model=sd),
+        ema=lambda: dict(state_dict={k:torch.zeros_like(v) for k,v in sd.items()}, state_dict_ema=sd),
         module=lambda: {f'module.{k}':v for k,v in sd.items()}, compiled=lambda: {f'_orig_mod.{k}':v for k,v in sd.items()}, both=lambda: {f'_orig_mod.module.{k}':v for k,v in sd.items()},
-        params=lambda: {k:nn.Parameter(v) if v.is_floating_point() else v for k,v in sd.items()}, headless=lambda: {k:v for k,v in sd.items() if not k.startswith('fc.')})[kind]
+        params=lambda: {k:nn.Parameter(v) if v.is_floating_point() else v for k,v in sd.items()},
+        headless=lambda: {k:v for k,v in sd.items() if not k.startswith('fc.')})[kind]
     torch.save(wrap(), path/'a.pth')
     return path/'a.pth'
 
@@ -601,7 +616,8 @@ def test_other_classes_load_with_a_warning(dls, ckpt, tmp_path):
     sd = tensors(ckpt)
     sd.update({'fc.weight':torch.randn(7,512), 'fc.bias':torch.randn(7)})
     torch.save(sd, tmp_path/'seven.pth')
-    with pytest.warns(UserWarning, match='seven.pth has a classifier of 7 classes'): learn = discriminative_learner(dls, 'resnet10t', weights_file=tmp_path/'seven.pth')
+    with pytest.warns(UserWarning, match='seven.pth has a classifier of 7 classes'):
+        learn = discriminative_learner(dls, 'resnet10t', weights_file=tmp_path/'seven.pth')
     check_loaded(learn, sd)
 
 def truncated(src, dst, share=0.6):
@@ -630,7 +646,8 @@ def bad_file(kind, ckpt, path):
     if kind=='no_tensor': torch.save(dict(epoch=3), path/'p.pth')
     return path/'p.pth'
 
-@pytest.mark.parametrize('kind,words', [('missing',['No checkpoint file','w.pth']), ('folder',['No checkpoint file']), ('truncated',['t.pth','truncated']), ('truncated_safe',['t.safetensors','truncated']),
+@pytest.mark.parametrize('kind,words', [('missing',['No checkpoint file','w.pth']), ('folder',['No checkpoint file']), ('truncated',['t.pth','truncated']),
+    ('truncated_safe',['t.safetensors','truncated']),
     ('lfs',['cannot be read']), ('empty',['cannot be read']), ('evil',['cannot be read','weights_only=False','save_file']), ('whole_model',['weights_only=False']),
     ('other',["does not fit 'resnet10t'","missing","architecture"]), ('wider',["does not fit 'resnet10t'"]), ('part',["does not fit 'resnet10t'",'layer3']), ('shape',["does not fit 'resnet10t'",'layer1.0.conv1.weight']),
     ('list',['no model weights']), ('no_tensor',['no model weights'])])
@@ -735,8 +752,10 @@ def test_wrapped_models_can_be_split(dls, wrap):
 # ---- presets reach the optimiser
 
 @pytest.mark.parametrize('opt', ['adam','fused_adamw'])
-@pytest.mark.parametrize('call', [lambda l,p,c: l.fit_one_cycle(2, 'preset', pct_start=0.5, cbs=c), lambda l,p,c: l.fit_one_cycle(2, p, pct_start=0.5, cbs=c), lambda l,p,c: l.fit_one_cycle(n_epoch=2, lr_max=p, pct_start=0.5, cbs=c),
-    lambda l,p,c: l.fit_one_cycle(2, lr_max='preset', pct_start=0.5, cbs=c), lambda l,p,c: l.fit_flat_cos(1, 'preset', cbs=c), lambda l,p,c: l.fit_flat_cos(1, lr=p, cbs=c), lambda l,p,c: l.fit(1, 'preset', cbs=c),
+@pytest.mark.parametrize('call', [lambda l,p,c: l.fit_one_cycle(2, 'preset', pct_start=0.5, cbs=c), lambda l,p,c: l.fit_one_cycle(2, p, pct_start=0.5, cbs=c),
+    lambda l,p,c: l.fit_one_cycle(n_epoch=2, lr_max=p, pct_start=0.5, cbs=c),
+    lambda l,p,c: l.fit_one_cycle(2, lr_max='preset', pct_start=0.5, cbs=c), lambda l,p,c: l.fit_flat_cos(1, 'preset', cbs=c),
+    lambda l,p,c: l.fit_flat_cos(1, lr=p, cbs=c), lambda l,p,c: l.fit(1, 'preset', cbs=c),
     lambda l,p,c: l.fit(1, p, cbs=c)], ids=['cycle','object','keyword','keyword-name','flat','flat-keyword','fit','fit-object'])
 def test_the_rates_at_the_peak_are_the_presets(dls, opt, call):
     p = Preset(1e-5, 1e-3, head_mult=3)
@@ -836,7 +855,8 @@ def test_table_columns(dls):
 def test_the_table_shows_the_last_peak_and_changes_nothing(dls, opt):
     learn = stock(dls, **kinds[opt]).split(4, preset=Preset(1e-5,1e-3))
     assert np.allclose(learn.layer_groups.lrs, learn.preset.scaled(8).lrs(learn.layer_groups))
-    for lr,want in ((slice(1e-5,1e-2), [1e-5,1e-4,1e-3,1e-2]), (slice(1e-2), [1e-3]*3+[1e-2]), (2e-3, [2e-3]*4), ([4e-4,3e-4,2e-4,1e-4], [4e-4,3e-4,2e-4,1e-4])):
+    for lr,want in ((slice(1e-5,1e-2), [1e-5,1e-4,1e-3,1e-2]), (slice(1e-2), [1e-3]*3+[1e-2]), (2e-3, [2e-3]*4),
+        ([4e-4,3e-4,2e-4,1e-4], [4e-4,3e-4,2e-4,1e-4])):
         for fit in (learn.fit_one_cycle, learn.fit_flat_cos, learn.fit):
             fit(1, lr)
             was = snapshot(learn)
@@ -864,12 +884,15 @@ def test_arguments_are_vision_learners():
 @pytest.mark.parametrize('arch', ['resnet10t',resnet18], ids=['timm','function'])
 def test_arguments_arrive(dls, tmp_path, arch):
     loss,cb = CrossEntropyLossFlat(label_smoothing=0.1),Hypers()
-    learn = discriminative_learner(dls, arch, pretrained=False, lin_ftrs=[17], ps=0.25, n_out=5, metrics=[accuracy,error_rate], loss_func=loss, moms=(0.9,0.8,0.9), wd=0.2, path=tmp_path,
+    learn = discriminative_learner(dls, arch, pretrained=False, lin_ftrs=[17], ps=0.25, n_out=5, metrics=[accuracy,error_rate], loss_func=loss,
+        moms=(0.9,0.8,0.9), wd=0.2, path=tmp_path,
         model_dir='mine', cbs=cb, lr=5e-3, wd_bn_bias=True, bn_final=True, first_bn=False, y_range=(0,1), concat_pool=False, opt_func=Adam)
     head = list(learn.model[1].modules())
     assert [m.out_features for m in head if isinstance(m, nn.Linear)]==[17,5] and [m.p for m in head if isinstance(m, nn.Dropout)]==[0.125,0.25]
-    assert type(head[-1]).__name__=='SigmoidRange' and [m.num_features for m in head if isinstance(m, nn.BatchNorm1d)]==[17,5] and 'AdaptiveAvgPool2d' in str(learn.model[1])
-    assert learn.loss_func is loss and len(learn.metrics)==2 and learn.moms==(0.9,0.8,0.9) and learn.wd==0.2 and learn.path==tmp_path and learn.model_dir=='mine' and learn.lr==5e-3
+    assert type(head[-1]).__name__=='SigmoidRange' and [m.num_features for m in head if isinstance(m,
+        nn.BatchNorm1d)]==[17,5] and 'AdaptiveAvgPool2d' in str(learn.model[1])
+    assert learn.loss_func is loss and len(learn.metrics)==2 and learn.moms==(0.9,0.8,0.9)
+    assert learn.wd==0.2 and learn.path==tmp_path and learn.model_dir=='mine' and learn.lr==5e-3
     assert cb in learn.cbs and learn.wd_bn_bias is True and learn.arch==arch and learn.n_out==5 and learn.opt.__class__.__name__=='Optimizer'
     assert learn.model.eval()(torch.randn(2,3,32,32)).shape==(2,5)
 
@@ -909,7 +932,8 @@ def test_timm_arguments_go_through(dls):
     learn = ours(dls, drop_path_rate=0.3)
     assert 'drop_prob=0.3' in str(learn.model) or 'DropPath' in str(learn.model)
 
-@pytest.mark.parametrize('arch,kw', [('swin_tiny_patch4_window7_224', dict(img_size=32, window_size=1, depths=(1,1,1,1), embed_dim=12, num_heads=(1,1,1,1))), ('gmlp_s16_224', dict(img_size=32)),
+@pytest.mark.parametrize('arch,kw', [('swin_tiny_patch4_window7_224', dict(img_size=32, window_size=1, depths=(1,1,1,1), embed_dim=12, num_heads=(1,1,1,1))),
+    ('gmlp_s16_224', dict(img_size=32)),
     ('cait_xxs24_224', dict(img_size=32, depth=1)), ('hiera_tiny_224', dict(img_size=(32,32), stages=(1,1,1,1)))])
 def test_architectures_that_vision_learner_cannot_use(dls, arch, kw):
     learn = ours(dls, arch, **kw)

@@ -674,7 +674,7 @@ def test_an_instance_as_opt_func():
     assert learn.opt is learn.opt_func
 
 def test_param_lists_of_our_splitter():
-    timm = pytest.importorskip('timm')
+    import timm
     from fastai_discriminative.groups import layer_groups
     m = timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=3, depth=2)
     ps = layer_groups(m)(m)
