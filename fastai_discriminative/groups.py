@@ -9,7 +9,7 @@ and wrapping. `Splitter` is the same as a fastai splitter, and `check_splitter` 
 # %% auto #0
 __all__ = ['ParamLists', 'LayerGroup', 'LayerGroups', 'layer_groups', 'Splitter', 'check_splitter']
 
-# %% ../nbs/02_groups.ipynb #1b29a9a8
+# %% ../nbs/02_groups.ipynb #a603a9d3
 import pickle,re
 from collections import Counter
 from collections.abc import Sequence,Sized
@@ -27,7 +27,7 @@ from .registry import *
 from .registry import _arch_of,_near,_split_arch
 from .trace import *
 
-# %% ../nbs/02_groups.ipynb #cd9a203f
+# %% ../nbs/02_groups.ipynb #3cdd7375
 def _compiled(name): return '.'.join(o for o in name.split('.') if o!='_orig_mod')
 def _clean(name): return _compiled(name).removeprefix('module.')
 
@@ -37,7 +37,7 @@ def _named_params(model):
     wrapped = all(n.startswith('module.') for n in ps)
     return {_clean(n) if wrapped else n: p for n,p in ps.items()}
 
-# %% ../nbs/02_groups.ipynb #3761efe5
+# %% ../nbs/02_groups.ipynb #e53bfef3
 @dataclass
 class _Layer:
     "A block of a model that is never split over two groups"
@@ -49,14 +49,14 @@ class _Layer:
     @property
     def stage(self): return re.sub(r'\.?\d+[^\d]*$', '', self.name) or self.name
 
-# %% ../nbs/02_groups.ipynb #dc906676
+# %% ../nbs/02_groups.ipynb #a53b964b
 def _label(names):
     "What parameter `names` have in common: `['a.0.w', 'a.0.b']` -> `'a.0'`"
     parts = [n.split('.') for n in names]
     common = commonprefix(parts)
     return '.'.join(common).removesuffix('.weight').removesuffix('.bias')
 
-# %% ../nbs/02_groups.ipynb #21415f38
+# %% ../nbs/02_groups.ipynb #e7c91519
 @dataclass
 class _Backbone:
     "A known model inside another one"
@@ -74,7 +74,7 @@ def _is_known(m):
     f = find_family(m)
     return f if f.registered else None
 
-# %% ../nbs/02_groups.ipynb #d5399545
+# %% ../nbs/02_groups.ipynb #25186dff
 def _known_modules(model):
     "Name, module and family of each known model in `model` that is in no other one"
     inside = None
@@ -90,7 +90,7 @@ def _prefix(model, name):
     wrapped = all(_compiled(n).startswith('module.') for n,_ in model.named_parameters())
     return (_clean if wrapped else _compiled)(name and name+'.')
 
-# %% ../nbs/02_groups.ipynb #4c5701b2
+# %% ../nbs/02_groups.ipynb #bc60cbef
 def _cut_body(model):
     "Name and module of the body in a model that fastai made from a cut one"
     if isinstance(model, nn.Sequential) and len(model)==2: return '0.', model[0]
@@ -108,17 +108,18 @@ def _find_backbone(model, arch=None):
     (prefix,body),f = _cut_body(model),find_family(arch)
     if body is not None and f.registered: return _Backbone(prefix, body, f, getattr(arch, '__name__', str(arch)))
 
-# %% ../nbs/02_groups.ipynb #b2ed4c41
+# %% ../nbs/02_groups.ipynb #746b6b1c
 def _classifier_names(m):
     "Prefixes of the classifier layers of a timm or torchvision model `m`"
     cfg = getattr(m, 'pretrained_cfg', None) or getattr(m, 'default_cfg', None)
     names = (cfg.get('classifier') if isinstance(cfg, dict) else getattr(cfg, 'classifier', None)) or ()
     names = [names] if isinstance(names, str) else list(names)
-    cls = m.get_classifier() if hasattr(m, 'get_classifier') else None
+    try: cls = m.get_classifier()
+    except AttributeError: cls = None # no timm model, or an old one without its classifier
     if isinstance(cls, (tuple,list)): names += [n for n,c in m.named_modules() if any(c is o for o in cls)] # two heads: timm's config may name one
     return tuple(f'{o}.' for o in dict.fromkeys(names))
 
-# %% ../nbs/02_groups.ipynb #0c92f06e
+# %% ../nbs/02_groups.ipynb #17625d3c
 def _as_layer(ps, part=None, small=False):
     "A `_Layer` from `ps` (name -> parameter), called after its largest `part` (a list of names)"
     small = small or all(p.ndim<=1 for p in ps.values())
@@ -131,7 +132,7 @@ def _item_params(o):
     if isinstance(o, nn.Module): return o.parameters()
     return (p for i in o for p in _item_params(i))
 
-# %% ../nbs/02_groups.ipynb #b8c6e977
+# %% ../nbs/02_groups.ipynb #a0913a39
 def _collect(items, params):
     "`_Layer`s of what `items` hold of `params` (name -> parameter), and the names that none of them holds"
     names,res = {id(p):n for n,p in params.items()},[]
@@ -142,7 +143,7 @@ def _collect(items, params):
         if big: res.append(_as_layer({n:params[n] for ns in parts for n in ns}, big, isinstance(item, nn.Parameter)))
     return res,list(names.values())
 
-# %% ../nbs/02_groups.ipynb #9f89b5ec
+# %% ../nbs/02_groups.ipynb #84aecee8
 def _timm_layers(m, params):
     "Layers of timm model `m` by its `group_matcher`; `None` where there is none, or it leaves any of `params` unmatched"
     unmatched = '<unmatched>'
@@ -151,7 +152,7 @@ def _timm_layers(m, params):
     *body,last = [groups[k] for k in sorted(groups)]
     return [_as_layer({n:params[n] for n in g}) for g in body] if last==[unmatched] else None
 
-# %% ../nbs/02_groups.ipynb #f99dba7e
+# %% ../nbs/02_groups.ipynb #88139b22
 _containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def _has_params(m): return next(m.parameters(), None) is not None
@@ -164,7 +165,7 @@ def _children(m, name):
         if type(c) in _containers: yield from _children(c, dot+n)
         elif _has_params(c): yield dot+n,c
 
-# %% ../nbs/02_groups.ipynb #b4ff240f
+# %% ../nbs/02_groups.ipynb #56ad2e01
 def _numel(o): return o.numel() if isinstance(o, nn.Parameter) else sum(p.numel() for p in o.parameters())
 
 def _parts(model, min_n=10, max_n=150, share=0.25):
@@ -178,7 +179,7 @@ def _parts(model, min_n=10, max_n=150, share=0.25):
         parts = [q for n,o in parts for q in (_children(o, n) if n in sizes and type(o) is cls else [(n,o)])]
     return parts
 
-# %% ../nbs/02_groups.ipynb #cd484074
+# %% ../nbs/02_groups.ipynb #d4239a7b
 def _clean_trace(model, x=None, input_size=None):
     "`trace_order` with clean names"
     clean,tr = dict(zip((n for n,_ in model.named_parameters()), _named_params(model))),trace_order(model, x, input_size)
@@ -190,7 +191,7 @@ def _check_unused(model, tr):
     if idle: raise SplitterError(f"{len(idle)} trainable parameters of {type(model).__name__} are not used in its forward pass: {', '.join(idle[:5])}. "
         "Freeze them with `requires_grad_(False)`, remove them, or register a family that says where they belong.")
 
-# %% ../nbs/02_groups.ipynb #4f784106
+# %% ../nbs/02_groups.ipynb #a9c5073e
 def _in_order(parts, pos):
     "`parts` by the first use (`pos`: id of parameter -> position) of what each has for itself, so that shared parameters go to the earliest"
     ids = [[id(p) for p in _item_params(o)] for o in parts]
@@ -207,7 +208,7 @@ def _traced_layers(model, params, x=None, input_size=None):
     layers += [_as_layer({n:params[n]}) for n in rest]
     return sorted(layers, key=lambda l: min((pos[n] for n in l.param_names if n in pos), default=-1))
 
-# %% ../nbs/02_groups.ipynb #511299c2
+# %% ../nbs/02_groups.ipynb #068e2a17
 def _join(a, b, name): return _Layer(a.param_names+b.param_names, a.n_params+b.n_params, a.small and b.small, name)
 
 def _merge_small(layers):
@@ -218,7 +219,7 @@ def _merge_small(layers):
         else: res.append(l)
     return res
 
-# %% ../nbs/02_groups.ipynb #3d9f5e3a
+# %% ../nbs/02_groups.ipynb #d562612d
 def _partition(layers, k):
     "Where to cut `layers` into `k` runs: the start of each"
     n,tot = len(layers),sum(l.n_params for l in layers)
@@ -235,7 +236,7 @@ def _partition(layers, k):
     for g in range(k-1,-1,-1): starts.append(int(back[g,starts[-1]-1]))
     return starts[:0:-1]
 
-# %% ../nbs/02_groups.ipynb #dda2c744
+# %% ../nbs/02_groups.ipynb #54058ec5
 def _natural(layers, most=0.4):
     "Starts of the stages of `layers`, long ones cut into equal runs"
     n = len(layers)
@@ -250,7 +251,7 @@ def _starts(layers, n_body):
     starts = _natural(layers)
     return starts if 3<=len(starts)<=9 else _starts(layers, min(6, len(layers)))
 
-# %% ../nbs/02_groups.ipynb #31e601c9
+# %% ../nbs/02_groups.ipynb #6e33334d
 def _n_body(n_groups, n_layers, has_head, what):
     "Number of body groups for `n_groups`, checked"
     most = n_layers+has_head
@@ -263,7 +264,7 @@ def _n_body(n_groups, n_layers, has_head, what):
         raise SplitterError(f"{what} has {n_layers} layers{' and a head' if has_head else ''}, so n_groups={n_groups} is impossible. Use {rng}.")
     return int(n_groups)-has_head
 
-# %% ../nbs/02_groups.ipynb #9206d04b
+# %% ../nbs/02_groups.ipynb #d7f7dfc6
 class ParamLists(list):
     "What a fastai splitter returns, with the parameters' names"
     def __init__(self,
@@ -275,7 +276,7 @@ class ParamLists(list):
         super().__init__(lists)
         self.names,self.no_wd,self.group_names = list(names),frozenset(no_wd),list(group_names)
 
-# %% ../nbs/02_groups.ipynb #1ae38dbb
+# %% ../nbs/02_groups.ipynb #bf5301db
 @dataclass(frozen=True)
 class LayerGroup:
     "Layers that train with one learning rate"
@@ -287,7 +288,7 @@ class LayerGroup:
     n_params:int # Number of values in its parameters
     is_head:bool=False # Is it the new head?
 
-# %% ../nbs/02_groups.ipynb #287c5b76
+# %% ../nbs/02_groups.ipynb #79bbfa24
 def _group_name(run):
     "Name of a group of layers: `blocks.0`, `blocks.0-3`, `conv_stem ... blocks.1.0`"
     a,b = run[0],run[-1]
@@ -305,7 +306,7 @@ def _as_groups(layers, head, starts, prefix):
     if head: res.append(LayerGroup('head', tuple(head), ('head',), 1., (1.,1.), sum(p.numel() for p in head.values()), True))
     return res
 
-# %% ../nbs/02_groups.ipynb #92112d59
+# %% ../nbs/02_groups.ipynb #eb7d844e
 def _text_table(cols, rows):
     "Plain text table; columns of numbers are right-aligned"
     cells = [list(cols)] + [[str(o) for o in r] for r in rows]
@@ -319,7 +320,7 @@ def _html_table(cols, rows):
     tr = lambda r,t: '<tr>' + ''.join(f'<{t}>{escape(str(o))}</{t}>' for o in r) + '</tr>'
     return f"<table><thead>{tr(cols, 'th')}</thead><tbody>{''.join(tr(r, 'td') for r in rows)}</tbody></table>"
 
-# %% ../nbs/02_groups.ipynb #501a74de
+# %% ../nbs/02_groups.ipynb #7bdff1d2
 class LayerGroups(Sequence):
     "Layer groups of a model in execution order; called with the model, the parameter lists that a fastai optimiser takes"
     def __init__(self,
@@ -345,7 +346,7 @@ class LayerGroups(Sequence):
         "Number of layers, the head included"
         return sum(len(g.layers) for g in self)
 
-# %% ../nbs/02_groups.ipynb #3315bf21
+# %% ../nbs/02_groups.ipynb #36a3e432
 @patch
 def mismatch(self:LayerGroups,
     model:nn.Module, # Any model
@@ -365,7 +366,7 @@ def __call__(self:LayerGroups,
     ps = _named_params(model)
     return ParamLists([[ps[n] for n in g.param_names] for g in self], [list(g.param_names) for g in self], self.no_wd, self.names)
 
-# %% ../nbs/02_groups.ipynb #4d6853d3
+# %% ../nbs/02_groups.ipynb #a2ce8918
 def _group_rows(groups):
     "Rows of the group table: number, name, layers, parameters, share"
     tot = sum(g.n_params for g in groups) or 1
@@ -373,7 +374,7 @@ def _group_rows(groups):
 
 _group_cols = ('', 'group', 'layers', 'parameters', 'share')
 
-# %% ../nbs/02_groups.ipynb #0f86ca64
+# %% ../nbs/02_groups.ipynb #06961587
 def _title(groups): return f"{groups.arch or groups.family or 'model'}: {len(groups)} groups, {groups.n_layers} layers, {groups.rule}"
 
 @patch
@@ -381,7 +382,7 @@ def __repr__(self:LayerGroups): return f'{_title(self)}\n{_text_table(_group_col
 @patch
 def _repr_html_(self:LayerGroups): return f'<p>{_title(self)}</p>{_html_table(_group_cols, _group_rows(self))}'
 
-# %% ../nbs/02_groups.ipynb #d7f717b8
+# %% ../nbs/02_groups.ipynb #f7da1d74
 def _body_and_head(bb, params):
     "Those of `params` that are body (names without the backbone's prefix) and head"
     cls = tuple(map(bb.prefix.__add__, _classifier_names(bb.module)))
@@ -403,7 +404,7 @@ def _known_layers(bb, body, head):
     layers = _timm_layers(bb.module, body)
     return (layers,{},'timm') if layers else (None,{},'traced')
 
-# %% ../nbs/02_groups.ipynb #e30ce02b
+# %% ../nbs/02_groups.ipynb #6180fb44
 def _trace_all(model, params, x, input_size):
     "Layers of an unknown `model` by trace, and its head"
     layers = _traced_layers(model, params, x, input_size)
@@ -418,7 +419,7 @@ def _unwrap(model):
         if inner is None: return model
         model = inner
 
-# %% ../nbs/02_groups.ipynb #999e9335
+# %% ../nbs/02_groups.ipynb #e02a7df4
 def _check_arch(arch, bb):
     if arch is None: return
     fam = find_family(arch)
@@ -433,7 +434,7 @@ def _check_params(model, params):
     if not any(p.requires_grad for p in params.values()):
         raise SplitterError(f"{type(model).__name__} has no trainable parameter ({len(params)} in all). Unfreeze some with `requires_grad_(True)` first.")
 
-# %% ../nbs/02_groups.ipynb #16917e74
+# %% ../nbs/02_groups.ipynb #4e1b36c2
 def _no_wd_names(bb):
     "Names of parameters that timm's model asks not to decay"
     if bb is None or not hasattr(bb.module, 'no_weight_decay'): return ()
@@ -459,7 +460,7 @@ def _find_layers(model, arch, x, input_size):
     if layers is None: layers = _trace_known(bb.module, body, x, input_size)
     return bb,layers,{**head, **{bb.prefix+n:p for n,p in more.items()}},rule
 
-# %% ../nbs/02_groups.ipynb #bfe6d7c8
+# %% ../nbs/02_groups.ipynb #b927b559
 def layer_groups(
     model:nn.Module, # Any model; not changed
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
@@ -477,7 +478,7 @@ def layer_groups(
     groups = _as_groups(layers, head, _starts(layers, n), bb.prefix if bb else '')
     return LayerGroups(groups, rule, bb.family.name if bb else type(model).__name__, bb.arch if bb else '', _no_wd_names(bb))
 
-# %% ../nbs/02_groups.ipynb #6bf026d7
+# %% ../nbs/02_groups.ipynb #a65d47a6
 class Splitter:
     "A fastai splitter: model -> its parameters in layer groups"
     def __init__(self,
@@ -504,7 +505,7 @@ class Splitter:
 
     def __repr__(self): return f'Splitter(arch={self.arch!r}, n_groups={self.n_groups!r})'
 
-# %% ../nbs/02_groups.ipynb #edd5815f
+# %% ../nbs/02_groups.ipynb #f2cdae15
 def _locate(lists, params):
     "Group indices of each parameter name, and group entries that are not parameters of the model"
     names,where,strange = {id(p):n for n,p in params.items()},{n:[] for n in params},[]
@@ -522,7 +523,7 @@ def _partition_faults(lists, where, strange):
     yield from (f'{o} is no parameter of the model' for o in strange)
     yield from (f'group {i} is empty' for i,g in enumerate(lists) if not g)
 
-# %% ../nbs/02_groups.ipynb #56ff04be
+# %% ../nbs/02_groups.ipynb #97103db1
 def _order_faults(where, tr):
     "Rule 2: each group begins after the one before it, and nothing in it runs before that one begins"
     pos,begin = tr.position,{}
@@ -540,7 +541,7 @@ def _head_faults(model, where, last):
     yield from (f'{n} is new, but in group {where[n][0]} and not in the last' for n in head if where[n][0]!=last)
     yield from (f'{bb.prefix+n} is pretrained body, but in the last group with the head' for n in body if where[bb.prefix+n][0]==last)
 
-# %% ../nbs/02_groups.ipynb #1091ea3a
+# %% ../nbs/02_groups.ipynb #70f9dcca
 def _pickle_faults(splitter, model, where, params):
     "Rule 4"
     try: again = pickle.loads(pickle.dumps(splitter))

@@ -9,7 +9,7 @@ the way to find an order for models that nobody has registered."""
 # %% auto #0
 __all__ = ['ModelTrace', 'trace_order']
 
-# %% ../nbs/01_trace.ipynb #901df480
+# %% ../nbs/01_trace.ipynb #b7466d99
 from contextlib import contextmanager
 from dataclasses import dataclass
 import random
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .registry import *
 
-# %% ../nbs/01_trace.ipynb #a11965da
+# %% ../nbs/01_trace.ipynb #d8e67cfc
 class _FirstUse(TorchDispatchMode):
     "Note the names in `params` (name -> tensor) in order of first use"
     def __init__(self, params):
@@ -40,11 +40,12 @@ class _FirstUse(TorchDispatchMode):
         for o in (kwargs or {}).values(): self._see(o)
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/01_trace.ipynb #8cb66505
+# %% ../nbs/01_trace.ipynb #7c24c3ae
 @contextmanager
 def _eval_mode(model):
     "`model` in eval mode, without autograd, with training flags, other attributes and random states restored at the end"
     was = [(m,m.training,dict(vars(m))) for m in model.modules()]
+    caches = [(v,dict(v)) for _,_,d in was for k,v in d.items() if type(v) is dict and not k.startswith('_')]
     py,npr = random.getstate(),np.random.get_state()
     gpus = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
@@ -55,10 +56,13 @@ def _eval_mode(model):
             m.training = t
             for k in vars(m).keys()-d.keys(): del vars(m)[k]
             vars(m).update(d)
+        for v,old in caches:
+            v.clear()
+            v.update(old)
         random.setstate(py)
         np.random.set_state(npr)
 
-# %% ../nbs/01_trace.ipynb #577ea3ca
+# %% ../nbs/01_trace.ipynb #a78cfd73
 def _input_sizes(model):
     "Candidate input sizes `(c,h,w)` of `model`, best first"
     cfgs = [c for c in (getattr(m, 'pretrained_cfg', None) or getattr(m, 'default_cfg', None) for m in model.modules()) if isinstance(c, dict)]
@@ -71,7 +75,7 @@ def _input_sizes(model):
         if isinstance(c, int): sizes.append((c,*sizes[0][1:]))
     return list(dict.fromkeys(sizes))
 
-# %% ../nbs/01_trace.ipynb #19c4e0df
+# %% ../nbs/01_trace.ipynb #9fcfc621
 @dataclass
 class ModelTrace:
     "What one forward pass showed"
@@ -84,7 +88,7 @@ class ModelTrace:
         "Parameter name -> its place in the order"
         return {n:i for i,n in enumerate(self.order)}
 
-# %% ../nbs/01_trace.ipynb #b9d22b62
+# %% ../nbs/01_trace.ipynb #871eaf2b
 def _as_meta(o): return torch.empty_like(o, device='meta') if isinstance(o, torch.Tensor) else o
 
 def _run(model, x, meta):
@@ -99,7 +103,7 @@ def _run(model, x, meta):
     with _eval_mode(model), mode: out = functional_call(model, {**params,**bufs}, x)
     return mode.order,out
 
-# %% ../nbs/01_trace.ipynb #07fe51ec
+# %% ../nbs/01_trace.ipynb #59377a82
 def _check_lazy(model):
     lazy = [n for n,p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy: raise SplitterError(f"Lazy parameters have no shape yet: {', '.join(lazy[:5])}. Run one batch through the model first, then split it.")
@@ -114,7 +118,7 @@ def _inputs(model, x, input_size):
     dtype = p.dtype if p is not None else None
     return [torch.zeros(1, *s, device=dev, dtype=dtype) for s in ([input_size] if input_size else _input_sizes(model))]
 
-# %% ../nbs/01_trace.ipynb #1845c9ca
+# %% ../nbs/01_trace.ipynb #47d4352a
 def _try_inputs(model, x, input_size):
     "Run `model` on the first input and device that work: order of parameters, output, device"
     _check_lazy(model)
@@ -129,7 +133,7 @@ def _output(model, x=None, input_size=None):
     "What `model` returns, of the right shape but on the meta device where that works"
     return _try_inputs(model, x, input_size)[1]
 
-# %% ../nbs/01_trace.ipynb #7679044c
+# %% ../nbs/01_trace.ipynb #8dac7c5e
 def trace_order(
     model:nn.Module, # Any model, on any device; left exactly as it was
     x=None, # A batch to run it on (a tensor, a tuple of the model's inputs, or a function that returns one of these); zeros of `input_size` if `None`

@@ -326,3 +326,10 @@ def test_large_model_on_meta_without_memory():
     with torch.device('meta'): m = timm.create_model('resnet152')
     tr = trace_order(m)
     assert len(tr.order)==len(list(m.parameters())) and tr.device=='meta'
+
+@pytest.mark.parametrize('arch', ['efficientvit_m0','levit_128s'])
+def test_a_cache_of_the_model_is_as_it_was(arch):
+    model = timm.create_model(arch).eval()
+    trace_order(model)
+    caches = [v for m in model.modules() for k,v in vars(m).items() if k=='attention_bias_cache']
+    assert caches and not any(caches)
