@@ -11,16 +11,19 @@ __all__ = []
 # %% ../nbs/04_families.ipynb #f2939643
 from .registry import *
 
-# %% ../nbs/04_families.ipynb #77e0f716
+# %% ../nbs/04_families.ipynb #da9032ae
 def _staged(stages, blocks='blocks', down='downsample'):
     "The blocks of each of `stages`, the first one together with its stage's downsampling"
-    for s in stages:
-        first,*rest = getattr(s, blocks)
-        yield getattr(s, down, None),first
-        yield from rest
+    for s in stages: yield from _after(getattr(s, down, None), getattr(s, blocks))
 
-# %% ../nbs/04_families.ipynb #248bb31f
+# %% ../nbs/04_families.ipynb #bea1ce80
 def _get(m, *names): return tuple(getattr(m, n, None) for n in names)
+
+def _after(part, blocks):
+    "`blocks`, the first one together with the `part` that it is the first to use"
+    first,*rest = blocks
+    yield part,first
+    yield from rest
 
 def _plain_vit(m):
     "Layers of a plain vision transformer"
@@ -91,6 +94,44 @@ register_family('swin', ('timm.models.swin_transformer','timm.models.swin_transf
 register_family('swinv2', 'timm.models.swin_transformer_v2', source='https://github.com/microsoft/Swin-Transformer',
     recipes=dict(supervised=(34,), supervised_large=(35,), intermediate=(35,), mim=(38,)))(_swin)
 
+# %% ../nbs/04_families.ipynb #5a8429f7
+@register_family('cait', 'timm.models.cait', recipes=dict(supervised=(112,)), source='https://arxiv.org/abs/2103.17239')
+def _cait(m):
+    yield _get(m, 'patch_embed', 'pos_embed')
+    yield from m.blocks
+    yield from _after(m.cls_token, m.blocks_token_only)
+    yield m.norm
+
+@register_family('xcit', 'timm.models.xcit', recipes=dict(supervised=(113,)), source='https://arxiv.org/abs/2106.09681')
+def _xcit(m):
+    yield _get(m, 'patch_embed', 'pos_embed')
+    yield from m.blocks
+    yield from _after(m.cls_token, m.cls_attn_blocks)
+    yield m.norm
+
+@register_family('convit', 'timm.models.convit', source='https://arxiv.org/abs/2103.10697')
+def _convit(m):
+    yield _get(m, 'patch_embed', 'pos_embed')
+    yield from m.blocks[:m.local_up_to_layer]
+    yield from _after(m.cls_token, m.blocks[m.local_up_to_layer:])
+    yield m.norm
+
+# %% ../nbs/04_families.ipynb #874fb992
+@register_family('volo', 'timm.models.volo', recipes=dict(supervised=(143,144)), source='https://arxiv.org/abs/2106.13112')
+def _volo(m):
+    yield m.patch_embed
+    for i,o in enumerate(m.network): yield from _after(m.pos_embed if i==2 else None, o if hasattr(o, '__iter__') else [o])
+    yield from _after(m.cls_token, m.post_network)
+    yield m.norm
+
+@register_family('coat', 'timm.models.coat', source='https://arxiv.org/abs/2104.06399')
+def _coat(m):
+    for i in range(1,5):
+        yield _get(m, f'patch_embed{i}', f'cls_token{i}')
+        yield from _after(_get(m, f'cpe{i}', f'crpe{i}'), getattr(m, f'serial_blocks{i}'))
+    yield from m.parallel_blocks or ()
+    yield _get(m, 'norm2', 'norm3', 'norm4', 'aggregate')
+
 # %% ../nbs/04_families.ipynb #8a5432ca
 def _maxvit(m):
     yield m.stem
@@ -115,7 +156,7 @@ def _pit(m):
     yield from _staged(m.transformers, down='pool')
     yield m.norm
 
-# %% ../nbs/04_families.ipynb #9e912211
+# %% ../nbs/04_families.ipynb #8d001e8b
 @register_family('vgg', 'timm.models.vgg', recipes=dict(supervised=(181,)), source='https://arxiv.org/abs/1409.1556')
 def _vgg(m):
     yield from m.features
@@ -125,10 +166,7 @@ def _vgg(m):
 def _hrnet(m):
     yield m.conv1,m.bn1,m.conv2,m.bn2
     yield from m.layer1
-    for t,s in ((m.transition1, m.stage2), (m.transition2, m.stage3), (m.transition3, m.stage4)):
-        first,*rest = s
-        yield t,first
-        yield from rest
+    for t,s in ((m.transition1, m.stage2), (m.transition2, m.stage3), (m.transition3, m.stage4)): yield from _after(t, s)
     yield _get(m, 'incre_modules', 'downsamp_modules', 'final_layer')
 
 # %% ../nbs/04_families.ipynb #5c88b3f6
@@ -175,3 +213,15 @@ _tv('densenet', 'DenseNet|densenet.*', recipes=dict(supervised=(181,)), source='
 _tv('vgg', 'VGG|vgg.*', recipes=dict(supervised=(181,)), source='https://arxiv.org/abs/1409.1556')
 _tv('squeezenet', 'SqueezeNet|squeezenet.*', recipes=dict(supervised=(181,)), source='https://arxiv.org/abs/1602.07360')
 _tv('alexnet', 'AlexNet|alexnet', source='https://arxiv.org/abs/1404.5997')
+
+# %% ../nbs/04_families.ipynb #eeaa8f75
+def _inception(m): yield from (c for c in m.children() if type(c).__name__!='Linear')
+
+register_family('tv_googlenet', 'torchvision.models.googlenet', 'GoogLeNet|googlenet', source='https://arxiv.org/abs/1409.4842')(_inception)
+register_family('tv_inception', 'torchvision.models.inception', 'Inception3|inception_v3', recipes=dict(supervised=(181,)), source='https://arxiv.org/abs/1512.00567')(_inception)
+
+# %% ../nbs/04_families.ipynb #c47fa3fb
+@register_family('awd_lstm', 'fastai.text.models.awdlstm', 'AWD_LSTM', n_groups=5, recipes=dict(lm=(228,)), source='https://arxiv.org/abs/1801.06146')
+def _awd_lstm(m):
+    yield m.encoder,m.encoder_dp
+    yield from m.rnns

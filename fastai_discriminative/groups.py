@@ -9,35 +9,51 @@ and wrapping. `Splitter` is the same as a fastai splitter, and `check_splitter` 
 # %% auto #0
 __all__ = ['ParamLists', 'LayerGroup', 'LayerGroups', 'layer_groups', 'Splitter', 'check_splitter']
 
-# %% ../nbs/02_groups.ipynb #a603a9d3
+# %% ../nbs/02_groups.ipynb #55dbc614
 import pickle,re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence,Sized
 from dataclasses import dataclass,replace
 from fnmatch import fnmatch
+from functools import cached_property
 from math import ceil
 from os.path import commonprefix
 
 import numpy as np
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor,nn
 from timm.models._manipulate import group_with_matcher
 
 from .registry import *
 from .registry import _arch_of,_near,_split_arch
 from .trace import *
+from .trace import _meta_model
 
-# %% ../nbs/02_groups.ipynb #3cdd7375
+# %% ../nbs/02_groups.ipynb #edfdc2c6
 def _compiled(name): return '.'.join(o for o in name.split('.') if o!='_orig_mod')
 def _clean(name): return _compiled(name).removeprefix('module.')
 
+# %% ../nbs/02_groups.ipynb #da56ff7a
+def _walk(m, dot, res, seen):
+    "Add the parameters of `m` to `res` by name: `named_parameters`, in half the time"
+    if id(m) in seen: return
+    seen.add(id(m))
+    for n,p in m._parameters.items():
+        if p is not None and id(p) not in seen:
+            seen.add(id(p))
+            res[dot+n] = p
+    for n,c in m._modules.items():
+        if c is not None: _walk(c, f'{dot}{n}.', res, seen)
+
 def _named_params(model):
     "Clean name -> parameter; a part of the model that its author called `module` keeps that name"
-    ps = {_compiled(n):p for n,p in model.named_parameters()}
-    wrapped = all(n.startswith('module.') for n in ps)
-    return {_clean(n) if wrapped else n: p for n,p in ps.items()}
+    ps = {}
+    _walk(model, '', ps, set())
+    if any('_orig_mod' in n for n in ps): ps = {_compiled(n):p for n,p in ps.items()}
+    return {_clean(n):p for n,p in ps.items()} if all(n.startswith('module.') for n in ps) else ps
 
-# %% ../nbs/02_groups.ipynb #e53bfef3
+# %% ../nbs/02_groups.ipynb #739f9e8c
 @dataclass
 class _Layer:
     "A block of a model that is never split over two groups"
@@ -46,15 +62,15 @@ class _Layer:
     small:bool # Only norms, biases, tokens: such a layer rides with a neighbour
     name:str # What to call it
 
-    @property
+    @cached_property
     def stage(self): return re.sub(r'\.?\d+[^\d]*$', '', self.name) or self.name
 
-# %% ../nbs/02_groups.ipynb #a53b964b
+# %% ../nbs/02_groups.ipynb #aeac1841
 def _label(names):
     "What parameter `names` have in common: `['a.0.w', 'a.0.b']` -> `'a.0'`"
-    parts = [n.split('.') for n in names]
-    common = commonprefix(parts)
-    return '.'.join(common).removesuffix('.weight').removesuffix('.bias')
+    a,b = min(names),max(names)
+    common = a if a==b else commonprefix([a,b]).rpartition('.')[0]
+    return common.removesuffix('.weight').removesuffix('.bias')
 
 # %% ../nbs/02_groups.ipynb #e7c91519
 @dataclass
@@ -74,7 +90,7 @@ def _is_known(m):
     f = find_family(m)
     return f if f.registered else None
 
-# %% ../nbs/02_groups.ipynb #25186dff
+# %% ../nbs/02_groups.ipynb #2e64da51
 def _known_modules(model):
     "Name, module and family of each known model in `model` that is in no other one"
     inside = None
@@ -83,12 +99,14 @@ def _known_modules(model):
         f = _is_known(m)
         if f:
             yield n,m,f
-            inside = n and n+'.'
+            if not n: return
+            inside = n+'.'
 
 def _prefix(model, name):
     "What module `name` puts in front of its parameters in the clean names of `model`"
+    if not name: return ''
     wrapped = all(_compiled(n).startswith('module.') for n,_ in model.named_parameters())
-    return (_clean if wrapped else _compiled)(name and name+'.')
+    return (_clean if wrapped else _compiled)(name+'.')
 
 # %% ../nbs/02_groups.ipynb #bc60cbef
 def _cut_body(model):
@@ -108,18 +126,30 @@ def _find_backbone(model, arch=None):
     (prefix,body),f = _cut_body(model),find_family(arch)
     if body is not None and f.registered: return _Backbone(prefix, body, f, getattr(arch, '__name__', str(arch)))
 
-# %% ../nbs/02_groups.ipynb #746b6b1c
+# %% ../nbs/02_groups.ipynb #bbbe8a66
 def _classifier_names(m):
-    "Prefixes of the classifier layers of a timm or torchvision model `m`"
+    "Prefixes of the layers of timm model `m` that another number of classes replaces"
     cfg = getattr(m, 'pretrained_cfg', None) or getattr(m, 'default_cfg', None)
     names = (cfg.get('classifier') if isinstance(cfg, dict) else getattr(cfg, 'classifier', None)) or ()
     names = [names] if isinstance(names, str) else list(names)
     try: cls = m.get_classifier()
     except AttributeError: cls = None # no timm model, or an old one without its classifier
-    if isinstance(cls, (tuple,list)): names += [n for n,c in m.named_modules() if any(c is o for o in cls)] # two heads: timm's config may name one
-    return tuple(f'{o}.' for o in dict.fromkeys(names))
+    cls = [o for o in (cls if isinstance(cls, (tuple,list)) else [cls]) if isinstance(o, nn.Module)]
+    mods = [_submodule(m, o) for o in names]
+    if cls and not (len(cls)==len(mods) and all(a is b for a,b in zip(cls, mods))): names = [n for n,c in m.named_modules() if any(c is o for o in cls)]
+    return tuple(f'{_with_norm(m, o)}.' for o in dict.fromkeys(names))
 
-# %% ../nbs/02_groups.ipynb #17625d3c
+def _submodule(m, name):
+    "`m.name`, or `None`"
+    for o in name.split('.'): m = getattr(m, o, None)
+    return m
+
+def _with_norm(m, name):
+    "`name`, or the norm and linear layer that timm keeps together as one classifier"
+    up = name.rpartition('.')[0]
+    return up if up and type(_submodule(m, up)).__name__=='NormLinear' else name
+
+# %% ../nbs/02_groups.ipynb #4212ae92
 def _as_layer(ps, part=None, small=False):
     "A `_Layer` from `ps` (name -> parameter), called after its largest `part` (a list of names)"
     small = small or all(p.ndim<=1 for p in ps.values())
@@ -128,11 +158,11 @@ def _as_layer(ps, part=None, small=False):
 def _item_params(o):
     "Parameters of what a family yields: a module, a parameter, `None`, or a list or tuple of those"
     if o is None: return ()
-    if isinstance(o, nn.Parameter): return (o,)
-    if isinstance(o, nn.Module): return o.parameters()
-    return (p for i in o for p in _item_params(i))
+    if isinstance(o, Tensor): return (o,)
+    subs = (*o._parameters.values(), *o._modules.values()) if isinstance(o, nn.Module) else o # twice as fast as `parameters()`
+    return [p for i in subs if i is not None for p in _item_params(i)]
 
-# %% ../nbs/02_groups.ipynb #a0913a39
+# %% ../nbs/02_groups.ipynb #30a95a8a
 def _collect(items, params):
     "`_Layer`s of what `items` hold of `params` (name -> parameter), and the names that none of them holds"
     names,res = {id(p):n for n,p in params.items()},[]
@@ -140,7 +170,7 @@ def _collect(items, params):
     for item in items:
         parts = list(filter(None, map(_take, item if isinstance(item, (list,tuple)) else [item])))
         big = max(parts, key=lambda ns: sum(params[n].numel() for n in ns), default=None)
-        if big: res.append(_as_layer({n:params[n] for ns in parts for n in ns}, big, isinstance(item, nn.Parameter)))
+        if big: res.append(_as_layer({n:params[n] for ns in parts for n in ns}, big, isinstance(item, Tensor)))
     return res,list(names.values())
 
 # %% ../nbs/02_groups.ipynb #84aecee8
@@ -179,19 +209,25 @@ def _parts(model, min_n=10, max_n=150, share=0.25):
         parts = [q for n,o in parts for q in (_children(o, n) if n in sizes and type(o) is cls else [(n,o)])]
     return parts
 
-# %% ../nbs/02_groups.ipynb #d4239a7b
+# %% ../nbs/02_groups.ipynb #9dd1a159
 def _clean_trace(model, x=None, input_size=None):
     "`trace_order` with clean names"
     clean,tr = dict(zip((n for n,_ in model.named_parameters()), _named_params(model))),trace_order(model, x, input_size)
     return replace(tr, order=[clean[n] for n in tr.order], unused=[clean[n] for n in tr.unused])
 
-def _check_unused(model, tr):
-    ps = _named_params(model)
-    idle = [n for n in tr.unused if ps[n].requires_grad]
+def _positions(model, tr):
+    "Parameter name -> place in the order of `tr`, also for unused ones in modules that are used"
+    ps,pos = _named_params(model),tr.position
+    for n in tr.unused:
+        up = n.rpartition('.')[0]
+        near = [i for k,i in tr.position.items() if k.startswith(f'{up}.')] if up else []
+        if near: pos[n] = min(near)
+    idle = [n for n in tr.unused if n not in pos and ps[n].requires_grad]
     if idle: raise SplitterError(f"{len(idle)} trainable parameters of {type(model).__name__} are not used in its forward pass: {', '.join(idle[:5])}. "
         "Freeze them with `requires_grad_(False)`, remove them, or register a family that says where they belong.")
+    return pos
 
-# %% ../nbs/02_groups.ipynb #a9c5073e
+# %% ../nbs/02_groups.ipynb #0cccef3c
 def _in_order(parts, pos):
     "`parts` by the first use (`pos`: id of parameter -> position) of what each has for itself, so that shared parameters go to the earliest"
     ids = [[id(p) for p in _item_params(o)] for o in parts]
@@ -201,16 +237,27 @@ def _in_order(parts, pos):
 
 def _traced_layers(model, params, x=None, input_size=None):
     "Layers of `model` that hold `params` (name -> parameter), in the order of a trace"
-    tr = _clean_trace(model, x, input_size)
-    _check_unused(model, tr)
-    pos,parts = tr.position,_in_order([o for _,o in _parts(model)], {id(p):tr.position[n] for n,p in _named_params(model).items() if n in tr.position})
+    pos = _positions(model, _clean_trace(model, x, input_size))
+    parts = _in_order([o for _,o in _parts(model)], {id(p):pos[n] for n,p in _named_params(model).items() if n in pos})
     layers,rest = _collect(parts, params)
     layers += [_as_layer({n:params[n]}) for n in rest]
-    return sorted(layers, key=lambda l: min((pos[n] for n in l.param_names if n in pos), default=-1))
+    return _merge_entangled(layers, pos)
 
-# %% ../nbs/02_groups.ipynb #068e2a17
+# %% ../nbs/02_groups.ipynb #c78cec07
 def _join(a, b, name): return _Layer(a.param_names+b.param_names, a.n_params+b.n_params, a.small and b.small, name)
 
+def _merge_entangled(layers, pos):
+    "`layers` in the order of `pos` (parameter name -> position), those that begin before another one has ended joined with it"
+    spans = sorted(((min(at, default=-1),max(at, default=-1),l) for l in layers for at in [[pos[n] for n in l.param_names if n in pos]]), key=lambda o: o[0])
+    res = []
+    for a,b,l in spans:
+        if res and a<res[-1][0]:
+            end,last = res[-1]
+            res[-1] = max(b, end),_join(last, l, max(last, l, key=lambda o: o.n_params).name)
+        else: res.append((b,l))
+    return [l for _,l in res]
+
+# %% ../nbs/02_groups.ipynb #d4e2b825
 def _merge_small(layers):
     "`layers` with each small one merged into its neighbour"
     res = []
@@ -288,7 +335,7 @@ class LayerGroup:
     n_params:int # Number of values in its parameters
     is_head:bool=False # Is it the new head?
 
-# %% ../nbs/02_groups.ipynb #79bbfa24
+# %% ../nbs/02_groups.ipynb #c48dc4e6
 def _group_name(run):
     "Name of a group of layers: `blocks.0`, `blocks.0-3`, `conv_stem ... blocks.1.0`"
     a,b = run[0],run[-1]
@@ -296,14 +343,14 @@ def _group_name(run):
     i,j = (re.search(r'^(.*\d)\D*$', o.name) for o in (a,b))
     return f"{i[1]}-{re.search('[0-9]+$', j[1])[0]}" if i and j and a.stage==b.stage else f'{a.name} ... {b.name}'
 
-def _as_groups(layers, head, starts, prefix):
+def _as_groups(layers, head, starts, prefix, head_name='head'):
     "`LayerGroup`s of runs of `layers` that begin at `starts`, and of the `head` (name -> parameter)"
     n,res = len(layers),[]
     for s,e in zip(starts, [*starts[1:], n]):
         run = layers[s:e]
         names = tuple(prefix+o for l in run for o in l.param_names)
         res.append(LayerGroup(re.sub(r'\bhead\b', 'pretrained head', _group_name(run)), names, tuple(l.name for l in run), (s+e-1)/2/n, (s/n, (e-1)/n), sum(l.n_params for l in run)))
-    if head: res.append(LayerGroup('head', tuple(head), ('head',), 1., (1.,1.), sum(p.numel() for p in head.values()), True))
+    if head: res.append(LayerGroup(head_name, tuple(head), (head_name,), 1., (1.,1.), sum(p.numel() for p in head.values()), True))
     return res
 
 # %% ../nbs/02_groups.ipynb #eb7d844e
@@ -419,27 +466,29 @@ def _unwrap(model):
         if inner is None: return model
         model = inner
 
-# %% ../nbs/02_groups.ipynb #e02a7df4
+# %% ../nbs/02_groups.ipynb #92265342
 def _check_arch(arch, bb):
     if arch is None: return
     fam = find_family(arch)
     if bb is None: return
     if isinstance(arch, str): a,b = _split_arch(arch)[0],_split_arch(bb.arch)[0] or type(bb.module).__name__
     else: a,b = (fam.name if fam.registered else bb.family.name),bb.family.name
-    if a!=b: raise SplitterError(f"These groups were asked for {a!r}, but the model is a {b!r}. Leave `arch` out, or give the model's own.")
+    if a==b or (isinstance(arch, str) and _split_arch(_arch_of(_meta_model(a)))[0]==b): return # timm builds `vitamin_xlarge_336` under another's name
+    raise SplitterError(f"These groups were asked for {a!r}, but the model is a {b!r}. Leave `arch` out, or give the model's own.")
 
 def _check_params(model, params):
-    lazy = [n for n,p in params.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+    lazy = [n for n,p in params.items() if type(p) is nn.parameter.UninitializedParameter]
     if lazy: raise SplitterError(f"Lazy parameters have no shape yet: {', '.join(lazy[:5])}. Run one batch through the model first, then split it.")
     if not any(p.requires_grad for p in params.values()):
         raise SplitterError(f"{type(model).__name__} has no trainable parameter ({len(params)} in all). Unfreeze some with `requires_grad_(True)` first.")
 
-# %% ../nbs/02_groups.ipynb #4e1b36c2
-def _no_wd_names(bb):
-    "Names of parameters that timm's model asks not to decay"
+# %% ../nbs/02_groups.ipynb #65fb7c5d
+def _no_wd_names(bb, names):
+    "Those of the parameter `names` that timm's model asks not to decay"
     if bb is None or not hasattr(bb.module, 'no_weight_decay'): return ()
-    pats = bb.module.no_weight_decay()
-    return tuple(bb.prefix+_clean(n) for n,_ in bb.module.named_parameters() if n in pats or any(fnmatch(n, p) for p in pats))
+    pats,start = set(bb.module.no_weight_decay()),len(bb.prefix)
+    wild = [p for p in pats if set(p)&set('*?[')]
+    return tuple(n for n in names if n.startswith(bb.prefix) and (n[start:] in pats or any(fnmatch(n[start:], p) for p in wild)))
 
 def _trace_known(m, params, x, input_size):
     "Layers of backbone `m` by trace: on zeros of its usual size, or on the model's own batch `x` where it was built for another"
@@ -460,7 +509,18 @@ def _find_layers(model, arch, x, input_size):
     if layers is None: layers = _trace_known(bb.module, body, x, input_size)
     return bb,layers,{**head, **{bb.prefix+n:p for n,p in more.items()}},rule
 
-# %% ../nbs/02_groups.ipynb #b927b559
+# %% ../nbs/02_groups.ipynb #9885a6d4
+def _gather(model, found, n_groups):
+    "The `n_groups` `LayerGroups` of `model`, of what `_find_layers` found"
+    bb,layers,head,rule = found
+    layers = _merge_small(layers)
+    if n_groups is None and bb: n_groups = bb.family.n_groups and min(bb.family.n_groups, len(layers)+bool(head))
+    name = bb.arch or bb.family.name if bb else type(model).__name__
+    n = _n_body(n_groups, len(layers), bool(head), name)
+    groups = _as_groups(layers, head, _starts(layers, n), bb.prefix if bb else '', 'decoder' if type(model).__name__=='DynamicUnet' else 'head')
+    no_wd = _no_wd_names(bb, [n for g in groups for n in g.param_names])
+    return LayerGroups(groups, rule, bb.family.name if bb else type(model).__name__, bb.arch if bb else '', no_wd)
+
 def layer_groups(
     model:nn.Module, # Any model; not changed
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
@@ -470,13 +530,7 @@ def layer_groups(
 )->LayerGroups: # Named groups in execution order, the head last
     "The layer groups of `model`; raises `SplitterError` for an impossible `n_groups` or a model without a valid order"
     model = _unwrap(model)
-    bb,layers,head,rule = _find_layers(model, arch, x, input_size)
-    layers = _merge_small(layers)
-    if n_groups is None and bb: n_groups = bb.family.n_groups and min(bb.family.n_groups, len(layers)+bool(head))
-    name = bb.arch or bb.family.name if bb else type(model).__name__
-    n = _n_body(n_groups, len(layers), bool(head), name)
-    groups = _as_groups(layers, head, _starts(layers, n), bb.prefix if bb else '')
-    return LayerGroups(groups, rule, bb.family.name if bb else type(model).__name__, bb.arch if bb else '', _no_wd_names(bb))
+    return _gather(model, _find_layers(model, arch, x, input_size), n_groups)
 
 # %% ../nbs/02_groups.ipynb #a65d47a6
 class Splitter:
@@ -505,7 +559,7 @@ class Splitter:
 
     def __repr__(self): return f'Splitter(arch={self.arch!r}, n_groups={self.n_groups!r})'
 
-# %% ../nbs/02_groups.ipynb #f2cdae15
+# %% ../nbs/02_groups.ipynb #f2baea2b
 def _locate(lists, params):
     "Group indices of each parameter name, and group entries that are not parameters of the model"
     names,where,strange = {id(p):n for n,p in params.items()},{n:[] for n in params},[]
@@ -516,32 +570,49 @@ def _locate(lists, params):
             else: where[n].append(i)
     return where,strange
 
-def _partition_faults(lists, where, strange):
+def _partition_faults(lists, where, strange, label):
     "Rule 1"
     yield from (f'{n} is in no group' for n,i in where.items() if not i)
     yield from (f'{n} is in groups {i}' for n,i in where.items() if len(i)>1)
     yield from (f'{o} is no parameter of the model' for o in strange)
-    yield from (f'group {i} is empty' for i,g in enumerate(lists) if not g)
+    yield from (f'{label(i)} is empty' for i,g in enumerate(lists) if not g)
 
-# %% ../nbs/02_groups.ipynb #97103db1
-def _order_faults(where, tr):
-    "Rule 2: each group begins after the one before it, and nothing in it runs before that one begins"
-    pos,begin = tr.position,{}
-    for n,i in where.items():
-        if n in pos: begin[i[0]] = min(begin.get(i[0], (pos[n],n)), (pos[n],n))
-    for i,(p,n) in begin.items():
-        if i-1 in begin and begin[i-1]>=(p,n): yield f'group {i} starts with {n}, used before group {i-1} starts with {begin[i-1][1]}'
+# %% ../nbs/02_groups.ipynb #7672b3b6
+def _longest_rise(nums):
+    "Indices of the longest subsequence of `nums` that never falls"
+    ends,at,back,res = [],[],[],[]
+    for i,o in enumerate(nums):
+        k = bisect_right(ends, o)
+        back.append(at[k-1] if k else None)
+        ends[k:k+1],at[k:k+1] = [o],[i]
+    i = at[-1] if at else None
+    while i is not None:
+        res.append(i)
+        i = back[i]
+    return res[::-1]
 
-def _head_faults(model, where, last):
+# %% ../nbs/02_groups.ipynb #d0a07570
+def _order_faults(where, tr, label):
+    "Rule 2"
+    names = [n for n in tr.order if n in where]
+    group = [where[n][0] for n in names]
+    rise = _longest_rise(group)
+    for i in sorted({*range(len(names))}-{*rise}):
+        k = bisect_right(rise, i)
+        after = k and group[rise[k-1]]>group[i]
+        j = rise[k-1] if after else rise[k]
+        yield f"{names[i]} is in {label(group[i])}, but first used {'after' if after else 'before'} {names[j]} of {label(group[j])} (parameter {i+1} of {len(names)} in order of use)"
+
+def _head_faults(model, where, last, label):
     "Rule 3"
     bb = _find_backbone(_unwrap(model))
     if bb is None: return
     body,head = _body_and_head(bb, where)
     if not head: return
-    yield from (f'{n} is new, but in group {where[n][0]} and not in the last' for n in head if where[n][0]!=last)
+    yield from (f'{n} is new, but in {label(where[n][0])} and not in the last' for n in head if where[n][0]!=last)
     yield from (f'{bb.prefix+n} is pretrained body, but in the last group with the head' for n in body if where[bb.prefix+n][0]==last)
 
-# %% ../nbs/02_groups.ipynb #70f9dcca
+# %% ../nbs/02_groups.ipynb #70ea7425
 def _pickle_faults(splitter, model, where, params):
     "Rule 4"
     try: again = pickle.loads(pickle.dumps(splitter))
@@ -557,20 +628,35 @@ def _check_lists(splitter, lists):
         raise SplitterError(f"{splitter!r} returns parameters, not lists of them: {len(lists)} in all. Return one list a group, such as `[list(model[0].parameters()), list(model[1].parameters())]`.")
     return [g if isinstance(g, Sized) else list(g) for g in lists]
 
+# %% ../nbs/02_groups.ipynb #ee5e6aa9
+def _labels(lists):
+    "What to call each of the groups in `lists`"
+    names = getattr(lists, 'group_names', ())
+    return lambda i: f'group {i} ({names[i]!r})' if i<len(names) else f'group {i}'
+
+def _splitter_error(splitter, faults, most=30):
+    "A `SplitterError` with all `faults`, whose message lists the first of them"
+    more = f'\n... and {len(faults)-most} more in the `faults` of this error' if len(faults)>most else ''
+    e = SplitterError(f"{len(faults)} fault{'s' if len(faults)>1 else ''} in the groups of {splitter!r}:\n- " + '\n- '.join(faults[:most]) + more)
+    e.faults = faults
+    return e
+
+# %% ../nbs/02_groups.ipynb #d486bbea
 def check_splitter(
     splitter, # Callable from a model to lists of parameters
     model:nn.Module, # The model that it is for; not changed
     input_size:tuple|None=None, # `(channels, height, width)` for the traced forward pass, in pixels
     x=None, # Or a batch for it
 )->list: # The lists of parameters, in case you want them
-    "Check rules 1 to 4 of layer groups; raises `SplitterError` that names each offending parameter"
+    "Check rules 1 to 4 of layer groups; raises `SplitterError` that names each offending parameter, its group and its first use; its `faults` has them all"
     lists,params = splitter(model),_named_params(model)
     if not isinstance(lists, ParamLists): lists = _check_lists(splitter, lists)
     where,strange = _locate(lists, params)
-    faults = list(_partition_faults(lists, where, strange))
+    label = _labels(lists)
+    faults = list(_partition_faults(lists, where, strange, label))
     if not faults:
-        faults += _order_faults(where, _clean_trace(_unwrap(model), x, input_size))
-        faults += _head_faults(model, where, len(lists)-1)
+        faults += _order_faults(where, _clean_trace(_unwrap(model), x, input_size), label)
+        faults += _head_faults(model, where, len(lists)-1, label)
         faults += _pickle_faults(splitter, model, where, params)
-    if faults: raise SplitterError(f"{len(faults)} fault(s) in the groups of {splitter!r}: {'; '.join(faults[:10])}{'; ...' if len(faults)>10 else ''}")
+    if faults: raise _splitter_error(splitter, faults)
     return lists

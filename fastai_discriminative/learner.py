@@ -9,7 +9,7 @@ bit for bit as without this package."""
 # %% auto #0
 __all__ = ['TrueFreeze', 'LearnerGroups', 'discriminative_learner']
 
-# %% ../nbs/06_learner.ipynb #3112232b
+# %% ../nbs/06_learner.ipynb #df5f378a
 import inspect,math,random,warnings
 from contextlib import contextmanager
 from functools import wraps
@@ -21,15 +21,17 @@ from fastai.basics import *
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
-from fastai.vision.learner import TimmBody,_add_norm,_default_meta,_timm_norm,add_head,model_meta,vision_learner
+from fastai.vision.core import imagenet_stats
+from fastai.vision.learner import TimmBody,_add_norm,_default_meta,_timm_norm,_update_first_layer,add_head,model_meta,vision_learner
 from torch.nn.modules.batchnorm import _NormBase
 
 from .registry import *
-from .registry import _near,_split_arch
+from .registry import _arch_of,_near,_split_arch
 from .trace import *
-from .trace import _output
+from .trace import _meta_model,_output
 from .groups import *
-from .groups import _clean,_find_backbone,_group_cols,_group_rows,_html_table,_named_params,_text_table,_title,_unwrap
+from .groups import _classifier_names,_clean,_find_backbone,_group_cols,_group_rows,_html_table
+from .groups import _label,_named_params,_text_table,_title,_unwrap
 from .presets import *
 from .optimizer import *
 
@@ -152,7 +154,7 @@ def _n_frozen(groups, frozen):
     "Number of leading `groups` all of whose parameters are in `frozen`"
     return next((i for i,g in enumerate(groups) if not frozen.issuperset(g.param_names)), len(groups))
 
-# %% ../nbs/06_learner.ipynb #34b88aaa
+# %% ../nbs/06_learner.ipynb #3e1ae1a4
 def _check_units(preset, opt_func):
     "Raise `PresetError` if the rates of `preset` are in other units than those of `opt_func`, warn if nobody knows"
     units = optimizer_units(opt_func)
@@ -166,7 +168,8 @@ def _as_preset(preset, learn, arch, opt_func):
     "The `Preset` that `preset`, an architecture name, a `Preset` or `None`, stands for"
     if isinstance(preset, Preset): return _check_units(preset, opt_func)
     units,bb = optimizer_units(opt_func),_find_backbone(_unwrap(learn.model), arch)
-    what = preset or (bb.module if bb and bb.arch and not isinstance(bb.module, nn.Sequential) else arch or learn.model)
+    within = next((a for a in map(_arch_of, learn.model.modules()) if a), None) # a timm backbone whose class does not say so: `features_only`
+    what = preset or (bb.module if bb and not isinstance(bb.module, nn.Sequential) else arch or within or learn.model)
     try: return preset_for(what, optimizer=units if units in ('adamw','sgd') else 'adamw')
     except PresetError:
         if preset: raise
@@ -331,7 +334,7 @@ def _read_weights(path):
     body = {k[len('0.model.'):]:v for k,v in tensors.items() if k.startswith('0.model.')} # saved by a fastai learner
     return body or tensors
 
-# %% ../nbs/06_learner.ipynb #43f69178
+# %% ../nbs/06_learner.ipynb #8c584683
 @contextmanager
 def _loaded_keys():
     "Record what each `load_state_dict` call within did not find or use"
@@ -342,29 +345,44 @@ def _loaded_keys():
         return r
     with _mock_patch.object(nn.Module, 'load_state_dict', _load): yield res
 
-def _check_loaded(path, arch, keys, classifier):
-    "Raise `WeightsError` if a checkpoint did not fit the model"
-    gone = [k for k in keys.missing_keys if not k.endswith('num_batches_tracked')]
-    new = [k for k in keys.unexpected_keys if not k.startswith(classifier)]
+def _check_loaded(what, arch, keys):
+    "Raise `WeightsError` if checkpoint `what` did not fit the model"
+    gone,new = [k for k in keys.missing_keys if not k.endswith('num_batches_tracked')],keys.unexpected_keys
+    if new:
+        classifier = _classifier_names(_meta_model(_split_arch(arch)[0]))
+        new = [k for k in new if not k.startswith(classifier)]
     if gone or new:
-        raise WeightsError(f"{str(path)!r} does not fit {arch!r}: " + '; '.join(f"{len(o)} weights {w}, such as {', '.join(o[:3])}"
+        raise WeightsError(f"{what} does not fit {arch!r}: " + '; '.join(f"{len(o)} weights {w}, such as {', '.join(o[:3])}"
             for o,w in ((gone,'are missing'), (new,'are not the model\'s')) if o) + ". Name the architecture that the file was saved from.")
 
-# %% ../nbs/06_learner.ipynb #8ca9280b
+def _check_stem(what, arch, n_in, keys):
+    "Raise `WeightsError` if timm could not adapt the stem to `n_in` channels and left it random"
+    if n_in!=3 and keys.missing_keys:
+        raise WeightsError(f"The pretrained stem of {arch!r} cannot be adapted to n_in={n_in} channels: {', '.join(keys.missing_keys[:3])} of {what} would be random. "
+            "Repeat or drop channels in the data to have 3, or pass `pretrained=False`.")
+
+# %% ../nbs/06_learner.ipynb #03791556
 def _timm_model(arch, pretrained, weights_file, n_in, **kwargs):
     "A timm backbone without classifier, with weights from `weights_file` if there is one"
     kwargs = dict(num_classes=0, in_chans=n_in, **kwargs)
-    if weights_file is None: return timm.create_model(arch, pretrained=pretrained, **kwargs)
-    sd,cfg = _read_weights(weights_file),timm.get_pretrained_cfg(_split_arch(arch)[0])
+    if weights_file is not None: return _from_state(_read_weights(weights_file), repr(str(weights_file)), arch, **kwargs)
+    with _loaded_keys() as keys: model = timm.create_model(arch, pretrained=pretrained, **kwargs)
+    if keys: _check_stem("timm's checkpoint", arch, n_in, keys[-1])
+    return model
+
+def _from_state(sd, what, arch, in_chans, **kwargs):
+    "timm's `arch` with the weights `sd`, called `what` in errors"
+    cfg = timm.get_pretrained_cfg(_split_arch(arch)[0])
     names = cfg.classifier or ()
-    cls = tuple(f'{o}.' for o in ([names] if isinstance(names, str) else names))
-    own = [sd[f'{o}weight'].shape[0] for o in cls if f'{o}weight' in sd]
+    own = [sd[f'{o}.weight'].shape[0] for o in ([names] if isinstance(names, str) else names) if f'{o}.weight' in sd]
     if own and own[0]!=cfg.num_classes:
-        warnings.warn(f"{Path(weights_file).name} has a classifier of {own[0]} classes (timm's {arch} has {cfg.num_classes}); it is not used, the new head starts from random weights.")
+        warnings.warn(f"{what} has a classifier of {own[0]} classes (timm's {arch} has {cfg.num_classes}); it is not used, the new head starts from random weights.")
+    kwargs = dict(in_chans=in_chans, pretrained_cfg_overlay=dict(state_dict=dict(sd)), **kwargs)
     try:
-        with _loaded_keys() as keys: model = timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=dict(state_dict=sd), **kwargs)
-    except (RuntimeError, KeyError, AttributeError, ValueError) as e: raise WeightsError(f"{str(weights_file)!r} does not fit {arch!r}: {str(e)[:500]}") from e
-    _check_loaded(weights_file, arch, keys[-1], cls)
+        with _loaded_keys() as keys: model = timm.create_model(arch, pretrained=True, **kwargs)
+    except (RuntimeError, KeyError, AttributeError, ValueError) as e: raise WeightsError(f"{what} does not fit {arch!r}: {str(e)[:500]}") from e
+    if len(keys[-1].missing_keys)==1: _check_stem(what, arch, in_chans, keys[-1])
+    _check_loaded(what, arch, keys[-1])
     model.pretrained_cfg.pop('state_dict', None)
     return model
 
@@ -389,7 +407,34 @@ def _timm_body(model, input_size=None):
     last = out.ndim==3 or out.shape[-1]==model.num_features
     return _Pooled(model, last),out.shape[-1] if last else out.shape[1]
 
-# %% ../nbs/06_learner.ipynb #55a4d14c
+# %% ../nbs/06_learner.ipynb #b70aa8ce
+def _is_uncut(arch, kwargs): return arch not in model_meta and getattr(arch, '__module__', '').startswith('torchvision.models.') and kwargs.get('cut') is None
+
+def _headless(model):
+    "torchvision's `model` without side classifiers, its last layer replaced by nothing"
+    for n in ('aux1','aux2','AuxLogits'):
+        if hasattr(model, n): setattr(model, n, None)
+    if hasattr(model, 'aux_logits'): model.aux_logits = False
+    parent,_,last = _label(layer_groups(model, 'block')[-1].param_names).rpartition('.')
+    setattr(model.get_submodule(parent), last, nn.Identity())
+    return model
+
+# %% ../nbs/06_learner.ipynb #b36d63eb
+def _set_channels(model, n_in, pretrained):
+    "Adapt the first convolution of `model` to `n_in` channels, as fastai does where the convolution has the model's first parameter"
+    name,conv = next((n,m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d))
+    box,(parent,_,last) = nn.Sequential(conv),name.rpartition('.')
+    _update_first_layer(box, n_in, pretrained)
+    setattr(model.get_submodule(parent), last, box[0])
+
+def _create_tv_model(arch, n_out, pretrained, weights, n_in, head_args, tv_args):
+    "Body and head for torchvision's `arch`, and how its images are normalized"
+    model = arch(weights='DEFAULT' if weights is None and pretrained else weights, **tv_args)
+    _set_channels(model, n_in, pretrained)
+    body = _headless(model)
+    return add_head(body, _output(body).shape[1], n_out, **{**head_args, 'pool':False}),dict(zip(('mean','std'), imagenet_stats))
+
+# %% ../nbs/06_learner.ipynb #1a14142b
 def _create_model(arch, n_out, pretrained, weights_file, n_in, head_args, timm_args):
     "Body and head for timm's `arch`, and its pretrained config"
     model = _timm_model(arch, pretrained, weights_file, n_in, **timm_args)
@@ -400,6 +445,7 @@ def _create_model(arch, n_out, pretrained, weights_file, n_in, head_args, timm_a
 
 def _takes(f): return set(inspect.signature(f).parameters)
 
+# %% ../nbs/06_learner.ipynb #1b91c03c
 @delegates(vision_learner, but=['opt_func','train_bn','splitter'])
 def discriminative_learner(
     dls, # `DataLoaders` of images
@@ -419,7 +465,8 @@ def discriminative_learner(
     _check_args(arch, kwargs, weights_file)
     n_out = n_out if n_out is not None else get_c(dls)
     if not n_out: raise SplitterError("The number of classes could not be found in the data. Set `dls.c`, or pass `n_out`.")
-    if isinstance(arch, str): learn,norm = _timm_learner(dls, arch, weights_file, opt_func, n_out, pretrained or weights_file is not None, kwargs)
+    if isinstance(arch, str) or _is_uncut(arch, kwargs):
+        learn,norm = _own_learner(dls, arch, weights_file, opt_func, n_out, pretrained or weights_file is not None, kwargs)
     else:
         learn = vision_learner(dls, arch, normalize=False, n_out=n_out, pretrained=pretrained, opt_func=opt_func, **kwargs)
         norm = partial(_add_norm, dls, model_meta.get(arch, _default_meta), pretrained, kwargs.get('n_in', 3))
@@ -428,7 +475,7 @@ def discriminative_learner(
     if normalize: norm() # last, so that a call that fails leaves `dls` alone
     return learn
 
-# %% ../nbs/06_learner.ipynb #4d4f6da3
+# %% ../nbs/06_learner.ipynb #da1c47cd
 def _check_args(arch, kwargs, weights_file):
     "Raise for arguments that would be passed over in silence"
     bad = [k for k in ('train_bn','splitter') if k in kwargs]
@@ -438,14 +485,15 @@ def _check_args(arch, kwargs, weights_file):
     if weights_file is not None and not isinstance(arch, str):
         raise WeightsError("`weights_file` needs a timm architecture name. For a function, load the weights into `learn.model` yourself.")
 
-def _timm_learner(dls, arch, weights_file, opt_func, n_out, pretrained, kwargs):
-    "What `vision_learner` does for a timm architecture, with weights from a file and with bodies that it cannot use; and a function that normalizes `dls`"
+def _own_learner(dls, arch, weights_file, opt_func, n_out, pretrained, kwargs):
+    "What `vision_learner` does, with weights from a file and with bodies that it cannot use; and a function that normalizes `dls`"
     learner_args = {k:kwargs.pop(k) for k in list(kwargs) if k in _takes(Learner) and k!='model'}
     head_args = {k:kwargs.pop(k) for k in list(kwargs) if k in _takes(add_head)}
     if 'custom_head' in kwargs: head_args['head'] = kwargs.pop('custom_head')
-    for k in ('cut','weights'): kwargs.pop(k, None)
-    n_in = kwargs.pop('n_in', 3)
-    model,cfg = _create_model(arch, n_out, pretrained, weights_file, n_in, {'init':nn.init.kaiming_normal_, **head_args}, kwargs)
+    kwargs.pop('cut', None)
+    weights,n_in,head_args = kwargs.pop('weights', None),kwargs.pop('n_in', 3),{'init':nn.init.kaiming_normal_, **head_args}
+    if isinstance(arch, str): model,cfg = _create_model(arch, n_out, pretrained, weights_file, n_in, head_args, kwargs)
+    else: model,cfg = _create_tv_model(arch, n_out, pretrained, weights, n_in, head_args, kwargs)
     learn = Learner(dls, model, opt_func=opt_func, splitter=_default_meta['split'], **learner_args)
     if pretrained: learn.freeze()
     store_attr('arch,n_out,pretrained', self=learn)

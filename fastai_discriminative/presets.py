@@ -34,8 +34,8 @@ def _table():
             res[r['id']] = r
     return res
 
-# %% ../nbs/03_presets.ipynb #e9e26ff3
-def _usable(r, units, tasks=('classification','resolution')): return r['task'] in tasks and r['units']==units and None not in (r['lr'], r['bs'], r['ratio'])
+# %% ../nbs/03_presets.ipynb #13b88480
+def _usable(r, units, tasks=('classification','resolution','text')): return r['task'] in tasks and r['units']==units and None not in (r['lr'], r['bs'], r['ratio'])
 
 # %% ../nbs/03_presets.ipynb #ddca9a8d
 _units = dict(adamw='adamw', adam='adamw', sgd='sgd')
@@ -51,13 +51,14 @@ def _scale(lr, bs, to, units):
     "`lr` used at effective batch `bs`, carried over to batch `to`"
     return lr*(math.sqrt(to/bs) if units=='adamw' else to/bs)
 
-# %% ../nbs/03_presets.ipynb #686e8e85
+# %% ../nbs/03_presets.ipynb #c1ec5250
 preset_regimes = dict(
     supervised='Labels of ImageNet-1k', supervised_large='More labels: ImageNet-12k/21k/22k, or weak and pseudo labels on web images',
     intermediate='Large-scale training of any kind, then labels of ImageNet', mim='Masked or otherwise predicted images only', clip='Images matched with text only',
-    ssl='Self-distillation or contrast without labels or text', random='No pretrained weights')
+    ssl='Self-distillation or contrast without labels or text', lm='Text, predicted word by word', random='No pretrained weights')
 
 _rules = [o.split() for o in r'''
+    lm                 ^(AWD_LSTM|awd_lstm)\.
     random             \.$
     supervised_large   swsl|fb_ssl|wsl|ig1b|swag|jft|bamboo|sa1b|sam2_hiera|ssld_6m|ssld_stage1
     intermediate       [._]ft_in
@@ -227,12 +228,11 @@ def _random_preset(units):
     lr = _default_head_lr(units)
     return Preset(lr, lr, 1., units, regime='random', note=f"no pretrained weights: one rate for all layers, the head's (recipes {', '.join(map(str, _head_rows[units]))})")
 
-# %% ../nbs/03_presets.ipynb #6db51452
+# %% ../nbs/03_presets.ipynb #db7a75aa
 _unregistered = dict(
-    volo=dict(supervised=(143,144)), cait=dict(supervised=(112,)), xcit=dict(supervised=(113,)), tiny_vit=dict(supervised_large=(148,), intermediate=(149,)),
-    efficientvit_msra=dict(supervised=(150,)), inception_next=dict(supervised=(147,)), levit=dict(supervised=(224,)),
+    tiny_vit=dict(supervised_large=(148,), intermediate=(149,)), inception_next=dict(supervised=(147,)), efficientvit_msra=dict(supervised=(150,)),
     tresnet=dict(supervised=(201,), supervised_large=(200,), intermediate=(200,)), resnetv2=dict(supervised_large=(202,203), intermediate=(202,203)),
-    mobilevit=dict(supervised=(176,224), supervised_large=(175,), intermediate=(175,)), inception_v3=dict(supervised=(181,)))
+    levit=dict(supervised=(224,)), mobilevit=dict(supervised=(176,224), supervised_large=(175,), intermediate=(175,)), inception_v3=dict(supervised=(181,)))
 
 def _recipes_of(fam): return fam.recipes or ({} if fam.registered else _unregistered.get(fam.name, {}))
 
@@ -242,13 +242,13 @@ def _rows_of(fam, regime):
     if bad := [i for i in ids if i not in _table()]: raise PresetError(f"Family {fam.name!r} names recipes {bad} for {regime!r}; the table has ids 1 to {max(_table())}.")
     return [_table()[i] for i in ids]
 
-# %% ../nbs/03_presets.ipynb #a49ea341
+# %% ../nbs/03_presets.ipynb #22f1e7d5
 def _identify(x):
     "Family, architecture, tag, and regime of `x`"
     fam,is_timm = find_family(x),isinstance(x, str) or getattr(x, '__module__', '').startswith('timm.')
     arch,tag = _split_arch(x if isinstance(x, str) else _arch_of(x) or getattr(x, '__name__', ''))
     if is_timm and timm.is_model(arch): return fam, arch, tag or _default_tag(arch), regime_of(tag or _default_tag(arch), arch)
-    return fam, arch, tag, regime_of(tag, arch) if tag else 'supervised'
+    return fam, arch, tag, regime_of(tag or 'unknown', arch or fam.name)
 
 # %% ../nbs/03_presets.ipynb #05867b8e
 def _no_sgd(fam, regime):
@@ -270,7 +270,7 @@ def _derive(fam, arch, tag, regime, units):
     if units=='sgd': raise _no_sgd(fam, regime)
     return replace(_regime_preset(regime, units), **kw)
 
-# %% ../nbs/03_presets.ipynb #3654e22d
+# %% ../nbs/03_presets.ipynb #c858f222
 def preset_for(
     x, # Architecture name (with or without pretrained tag), architecture function, or model, as for `find_family`
     bs:float|None=None, # Batch size of one process; `None` for the reference, 64
@@ -284,7 +284,7 @@ def preset_for(
     if regime is not None and regime not in preset_regimes:
         raise PresetError(f"Unknown regime {regime!r}.{_near(regime, preset_regimes)} There are: {', '.join(preset_regimes)}.")
     p = _derive(fam, arch, tag, regime or found, units)
-    if not (tag or regime or p.regime=='random'): p.note += '; pretrained tag unknown, taken as supervised on ImageNet-1k'
+    if not (tag or regime) and p.regime=='supervised': p.note += '; pretrained tag unknown, taken as supervised on ImageNet-1k'
     return p.scaled(64 if bs is None else bs, accum, world_size)
 
 # %% ../nbs/03_presets.ipynb #401f81c1

@@ -21,10 +21,12 @@ import timm
 from timm.models._registry import get_deprecated_models
 from torch import nn
 
-# %% ../nbs/00_registry.ipynb #9220b6df
+# %% ../nbs/00_registry.ipynb #040f98cb
 class DiscriminativeError(Exception): "Base of every error raised by `fastai_discriminative`"
 class FamilyError(DiscriminativeError, ValueError): "An architecture or family that nobody knows, or one registered twice"
-class SplitterError(DiscriminativeError, ValueError): "Layer groups that break a rule: missing, doubled or misplaced parameters, or an impossible `n_groups`"
+class SplitterError(DiscriminativeError, ValueError):
+    "Layer groups that break a rule: missing, doubled or misplaced parameters, or an impossible `n_groups`"
+    faults = () # What `check_splitter` found, a sentence each
 
 # %% ../nbs/00_registry.ipynb #eb6fb0c0
 class PresetError(DiscriminativeError, ValueError): "A learning rate, slice or preset that cannot be used as given"

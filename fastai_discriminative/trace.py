@@ -9,43 +9,62 @@ the way to find an order for models that nobody has registered."""
 # %% auto #0
 __all__ = ['ModelTrace', 'trace_order']
 
-# %% ../nbs/01_trace.ipynb #b7466d99
+# %% ../nbs/01_trace.ipynb #1529f6d2
 from contextlib import contextmanager
 from dataclasses import dataclass
 import random
 
-import torch, numpy as np
+import timm, torch, numpy as np
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .registry import *
 
-# %% ../nbs/01_trace.ipynb #d8e67cfc
+# %% ../nbs/01_trace.ipynb #2760c9ae
+_aten = torch.ops.aten
+_same_shape = {_aten.gelu.default, _aten._softmax.default, _aten.native_batch_norm.default, _aten.native_layer_norm.default}
+_same_shape |= {getattr(_aten, o).default for o in ('_safe_softmax',) if hasattr(_aten, o)} # not in old versions
+
+def _meta_result(func, x):
+    "What shape-preserving `func` returns for the meta tensor `x`"
+    if func is _aten.native_layer_norm.default: return torch.empty(x.shape, dtype=x.dtype, device='meta'),x,x
+    return (torch.empty_like(x),x,x) if func is _aten.native_batch_norm.default else torch.empty_like(x)
+
+# %% ../nbs/01_trace.ipynb #c0b8cd37
 class _FirstUse(TorchDispatchMode):
     "Note the names in `params` (name -> tensor) in order of first use"
     def __init__(self, params):
         super().__init__()
-        self.names,self.order = {id(p):n for n,p in params.items()},[]
+        self.names,self.order,self.copies = {id(p):n for n,p in params.items()},{},[]
 
     def _see(self, o):
         if isinstance(o, torch.Tensor):
-            n = self.names.pop(id(o), None)
-            if n is not None: self.order.append(n)
+            n = self.names.get(id(o))
+            if n is not None: self.order.setdefault(n)
         elif isinstance(o, (list,tuple)):
             for p in o: self._see(p)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _aten.clone.default and id(args[0]) in self.names: return self._copy(func(*args, **(kwargs or {})), args[0])
         for o in args: self._see(o)
         for o in (kwargs or {}).values(): self._see(o)
+        if func in _same_shape and args[0].is_meta: return _meta_result(func, args[0])
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/01_trace.ipynb #7c24c3ae
+    def _copy(self, res, p):
+        "A copy stands for its parameter `p`, and is no use of it yet"
+        self.names[id(res)] = self.names[id(p)]
+        self.copies.append(res)
+        return res
+
+# %% ../nbs/01_trace.ipynb #9bf03754
 @contextmanager
 def _eval_mode(model):
     "`model` in eval mode, without autograd, with training flags, other attributes and random states restored at the end"
     was = [(m,m.training,dict(vars(m))) for m in model.modules()]
-    caches = [(v,dict(v)) for _,_,d in was for k,v in d.items() if type(v) is dict and not k.startswith('_')]
+    caches = [(v,v.copy()) for _,_,d in was for k,v in d.items() if type(v) is list or (type(v) is dict and (k in ('_parameters','_buffers') or not k.startswith('_')))]
     py,npr = random.getstate(),np.random.get_state()
     gpus = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
@@ -58,11 +77,11 @@ def _eval_mode(model):
             vars(m).update(d)
         for v,old in caches:
             v.clear()
-            v.update(old)
+            (v.update if type(v) is dict else v.extend)(old)
         random.setstate(py)
         np.random.set_state(npr)
 
-# %% ../nbs/01_trace.ipynb #a78cfd73
+# %% ../nbs/01_trace.ipynb #871573e9
 def _input_sizes(model):
     "Candidate input sizes `(c,h,w)` of `model`, best first"
     cfgs = [c for c in (getattr(m, 'pretrained_cfg', None) or getattr(m, 'default_cfg', None) for m in model.modules()) if isinstance(c, dict)]
@@ -71,6 +90,8 @@ def _input_sizes(model):
     if img and tuple(img)!=sizes[0][1:]: sizes.insert(0, (sizes[0][0],*img))
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     chans = getattr(next((m for m in model.modules() if hasattr(m, 'in_chans')), None), 'in_chans', None)
+    hf = next((m.config for m in model.modules() if hasattr(getattr(m, 'config', None), 'num_channels')), None) # Hugging Face
+    if hf and isinstance(getattr(hf, 'image_size', None), int): sizes.insert(0, (hf.num_channels,hf.image_size,hf.image_size))
     for c in (chans, conv.in_channels if conv else None):
         if isinstance(c, int): sizes.append((c,*sizes[0][1:]))
     return list(dict.fromkeys(sizes))
@@ -88,7 +109,7 @@ class ModelTrace:
         "Parameter name -> its place in the order"
         return {n:i for i,n in enumerate(self.order)}
 
-# %% ../nbs/01_trace.ipynb #871eaf2b
+# %% ../nbs/01_trace.ipynb #c5cc1045
 def _as_meta(o): return torch.empty_like(o, device='meta') if isinstance(o, torch.Tensor) else o
 
 def _run(model, x, meta):
@@ -101,7 +122,7 @@ def _run(model, x, meta):
     else: bufs = {n:b.clone() for n,b in bufs.items()}
     mode = _FirstUse(params)
     with _eval_mode(model), mode: out = functional_call(model, {**params,**bufs}, x)
-    return mode.order,out
+    return list(mode.order),out
 
 # %% ../nbs/01_trace.ipynb #59377a82
 def _check_lazy(model):
@@ -143,3 +164,26 @@ def trace_order(
     order,_,device = _try_inputs(model, x, input_size)
     seen = set(order)
     return ModelTrace(order, [n for n,_ in model.named_parameters() if n not in seen], device)
+
+# %% ../nbs/01_trace.ipynb #0385c378
+_fills = {getattr(torch.Tensor, f'{o}_') for o in 'uniform normal erfinv mul add sub div clamp fill zero copy'.split()}
+_fills |= {getattr(nn.init, o) for o in dir(nn.init) if o.endswith('_') and not o.startswith('_')}
+
+class _NoInit(TorchFunctionMode):
+    "Leave out what would fill meta tensors and parameters"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _fills:
+            t = args[0] if args else kwargs['tensor']
+            if t.is_meta or isinstance(t, nn.Parameter): return t
+        return func(*args, **(kwargs or {}))
+
+def _blank(make, *args, **kwargs):
+    "The model that `make` builds, without values: on the meta device, or, where it reads numbers from tensors while it builds, in memory that nothing is written to"
+    try:
+        with torch.device('meta'), _NoInit(): return make(*args, **kwargs)
+    except (NotImplementedError, RuntimeError):
+        with _NoInit(): return make(*args, **kwargs)
+
+def _meta_model(arch, **kwargs):
+    "timm's `arch` without weights"
+    return _blank(timm.create_model, arch, **kwargs)

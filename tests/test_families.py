@@ -19,6 +19,11 @@ except ImportError: from timm.optim.optim_factory import param_groups_layer_deca
 # Small members of each family, one for each way in which its models are built; names that the installed timm does not know are left out
 members = {o[0]:o[1:] for o in map(str.split, '''
     vit          test_vit test_vit2 deit_tiny_distilled_patch16_224 deit3_small_patch16_224 vit_relpos_small_patch16_224 vit_tiny_r_s16_p8_224 flexivit_small
+    cait         cait_xxs24_224
+    coat         coat_lite_tiny coat_tiny
+    convit       convit_tiny
+    volo         volo_d1_224
+    xcit         xcit_nano_12_p8_224
     beit         beit_base_patch16_224
     eva          eva02_tiny_patch14_224 vit_small_patch16_dinov3
     metaformer   poolformer_s12 poolformerv2_s12 caformer_s18 convformer_s18

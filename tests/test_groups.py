@@ -375,7 +375,7 @@ def test_compiled_part():
     again = layer_groups(m, 'block', x=x)
     assert [g.param_names for g in again]==[g.param_names for g in gs] and gs.mismatch(m)==''
     check_splitter(Splitter(groups=gs), m, x=x)
-    with pytest.raises(SplitterError, match='used before group'): check_splitter(Backwards(groups=gs), m, x=x)
+    with pytest.raises(SplitterError, match=r'is in group \d, but first used before'): check_splitter(Backwards(groups=gs), m, x=x)
 
 def test_compiled_backbone():
     m = timm.create_model('test_vit', num_classes=3)
@@ -463,15 +463,56 @@ class Bad:
 def model(): return timm.create_model('resnet10t', num_classes=2)
 
 @pytest.mark.parametrize('how,match', [
-    ('missing', r'1 fault.*conv1\.\S+ is in no group'), ('doubled', r'conv1\.\S+ is in groups \[0, 1\]'), ('foreign', r'a tensor of shape \(3, 5\) in group 2 is no parameter'),
-    ('empty', 'group 1 is empty'), ('swapped', r'group 1 starts with conv1\.\S+, used before group 0 starts with'), ('body_in_head', r'layer4\.\S+ is pretrained body, but in the last group'),
+    ('missing', r'^1 fault in the groups of .*Bad.*:\n- conv1\.\S+ is in no group$'), ('doubled', r'conv1\.\S+ is in groups \[0, 1\]'), ('foreign', r'a tensor of shape \(3, 5\) in group 2 is no parameter'),
+    ('empty', 'group 1 is empty'), ('swapped', r'^9 faults.*\n- layer4.0.conv1.weight is in group 0, but first used after layer3\S+ of group 1 \(parameter 34 of 44 in order of use\)'), ('body_in_head', r'layer4\.\S+ is pretrained body, but in the last group'),
     ('head_in_body', 'fc.weight is new, but in group 1'), ('flat', 'returns parameters, not lists of them')])
 def test_faults(model, how, match):
     with pytest.raises(SplitterError, match=match): check_splitter(Bad(how), model)
 
 def test_all_faults_are_named(model):
     def no_stem(m): return [list(m.layer4.parameters()), list(m.fc.parameters())]
-    with pytest.raises(SplitterError, match=r'^\d\d fault\(s\).*no_stem.*conv1.0.weight is in no group.*; \.\.\.$'): check_splitter(no_stem, model)
+    with pytest.raises(SplitterError, match=r'^33 faults.*no_stem.*\n- conv1.0.weight is in no group\n(- .* is in no group\n){29}\.\.\. and 3 more in the `faults`') as e: check_splitter(no_stem, model)
+    left = {n for n,_ in model.named_parameters() if not n.startswith(('layer4.','fc.'))}
+    assert {o.partition(' ')[0] for o in e.value.faults}==left
+
+def test_only_the_fewest_are_named(model):
+    "One early tensor in a late group is one fault, not one for each of the tensors after it"
+    def late_stem(m):
+        a,b,c = map(list, layer_groups(m, 3)(m))
+        return [a[1:], b+a[:1], c]
+    with pytest.raises(SplitterError) as e: check_splitter(late_stem, model)
+    assert [o for o in e.value.faults if 'pickle' not in o]==['conv1.0.weight is in group 1, but first used before conv1.1.weight of group 0 (parameter 1 of 44 in order of use)']
+
+def test_groups_that_take_turns_are_named():
+    "Two branches that run alternately: whichever group goes first, a part of it is used after the other began"
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.fc = nn.ModuleList([nn.Linear(4,4) for _ in range(3)]),nn.ModuleList([nn.Linear(4,4) for _ in range(3)]),nn.Linear(4,2)
+        def forward(self, x):
+            for a,b in zip(self.a, self.b): x = a(x)+b(x)
+            return self.fc(x)
+    m,x = Turns(),torch.zeros(1,4)
+    with pytest.raises(SplitterError, match=r'^4 faults.*\n- b.0.weight is in group 1, but first used before a.1.weight of group 0'): check_splitter(by_branch, m, x=x)
+    gs = layer_groups(m, 'block', x=x)
+    check_splitter(Splitter(groups=gs), m, x=x)
+
+def by_branch(m): return [list(o.parameters()) for o in (m.a, m.b, m.fc)]
+
+def test_entangled_layers_are_one():
+    "A table that the blocks of a stage share is used by all of them: they cannot be apart"
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem,self.k,self.v,self.fc = nn.Linear(4,4),nn.Linear(4,4),nn.Linear(4,4),nn.Linear(4,2)
+        def forward(self, x):
+            x = nn.functional.linear(self.stem(x), self.k.weight)
+            x = nn.functional.linear(x, self.v.weight)
+            return self.fc(x+self.k.bias+self.v.bias)
+    m,x = Shared(),torch.zeros(1,4)
+    gs = layer_groups(m, 'block', x=x)
+    assert [set(g.param_names) for g in gs]==[{'stem.weight','stem.bias'}, {f'{o}.{p}' for o in 'kv' for p in ('weight','bias')}, {'fc.weight','fc.bias'}]
+    check_splitter(Splitter(groups=gs), m, x=x)
 
 def test_splitter_that_cannot_be_pickled(model):
     gs = layer_groups(model, 3)
@@ -493,7 +534,7 @@ def test_model_without_names_to_check():
     "No known backbone in it: the head cannot be told, the rest is checked"
     m,x = _chain(4,5,6,2),torch.zeros(1,4)
     check_splitter(in_order, m, x=x)
-    with pytest.raises(SplitterError, match='used before'): check_splitter(out_of_order, m, x=x)
+    with pytest.raises(SplitterError, match='first used before'): check_splitter(out_of_order, m, x=x)
 
 def in_order(m): return [list(o.parameters()) for o in (m.l0, m.l1, m.l2)]
 def out_of_order(m): return [list(o.parameters()) for o in (m.l1, m.l0, m.l2)]

@@ -616,7 +616,7 @@ def test_other_classes_load_with_a_warning(dls, ckpt, tmp_path):
     sd = tensors(ckpt)
     sd.update({'fc.weight':torch.randn(7,512), 'fc.bias':torch.randn(7)})
     torch.save(sd, tmp_path/'seven.pth')
-    with pytest.warns(UserWarning, match='seven.pth has a classifier of 7 classes'):
+    with pytest.warns(UserWarning, match=r"seven.pth' has a classifier of 7 classes"):
         learn = discriminative_learner(dls, 'resnet10t', weights_file=tmp_path/'seven.pth')
     check_loaded(learn, sd)
 

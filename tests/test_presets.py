@@ -85,7 +85,7 @@ def test_every_architecture_and_checkpoint_has_a_preset():
 def test_every_pretrained_tag_has_a_regime_by_rule():
     assert [o for o in timm.list_pretrained() if not _find_regime(o.partition('.')[2], o.partition('.')[0])] == []
     found = {regime_of(*reversed(o.split('.', 1))) for o in timm.list_pretrained()}
-    assert found=={*preset_regimes}-{'random'}
+    assert found=={*preset_regimes}-{'random','lm'} # no timm checkpoint is without weights, or made of text
 
 @pytest.mark.parametrize('name,regime', [
     ('resnet50.a1_in1k','supervised'), ('resnet50.tv_in1k','supervised'), ('resnet50.ram_in1k','supervised'), ('vit_base_patch16_224.sam_in1k','supervised'),
@@ -129,8 +129,12 @@ def test_other_units_are_never_used(word):
     rows = [r for r in table.values() if word in r['optimizer']]
     assert rows and not any(_usable(r, u) for r in rows for u in ('adamw','sgd'))
 
-def test_dense_text_and_video_rows_are_never_used():
-    assert not any(_usable(r, u) for r in table.values() if r['task'] not in ('classification','resolution') for u in ('adamw','sgd'))
+def test_dense_and_video_rows_are_never_used():
+    assert not any(_usable(r, u) for r in table.values() if r['task'] not in ('classification','resolution','text') for u in ('adamw','sgd'))
+
+def test_text_rows_serve_text_alone():
+    text = {r['id'] for r in table.values() if r['task']=='text'}
+    assert text and not any(text&set(preset_for(o).sources) for o in names)
 
 def test_sources_are_the_rows_used():
     for o in names:

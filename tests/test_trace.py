@@ -333,3 +333,23 @@ def test_a_cache_of_the_model_is_as_it_was(arch):
     trace_order(model)
     caches = [v for m in model.modules() for k,v in vars(m).items() if k=='attention_bias_cache']
     assert caches and not any(caches)
+
+def test_a_module_with_two_names_keeps_its_weights():
+    "torch's `functional_call` leaves the stand-in behind where one module has two names, as in fastai's AWD_LSTM"
+    m = Net(lambda s, x: s.b(s.a(x)), a=lin(), b=lin())
+    m.c = m.a
+    was = dict(m.named_parameters())
+    for x in (v4, torch.zeros(1,3)): # one that works, and one that fails
+        try: trace_order(m, x)
+        except SplitterError: pass
+        assert all(p is was[n] for n,p in m.named_parameters()) and not any(p.is_meta for p in m.parameters())
+
+def test_a_copy_is_no_use_yet():
+    "Weights that are copied before the model runs are used where the copy is"
+    def fwd(s, x):
+        w = s.b.weight.clone()
+        return nn.functional.linear(s.a(x), w, s.b.bias)
+    tr = trace_order(Net(fwd, a=lin(), b=lin()), v4)
+    assert sorted(tr.order[:2])==['a.bias','a.weight'] and sorted(tr.order[2:])==['b.bias','b.weight']
+    m = Net(lambda s, x: (s.b.weight.clone(), s.a(x))[1], a=lin(), b=lin())
+    assert trace_order(m, v4).unused==['b.weight','b.bias']

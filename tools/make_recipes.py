@@ -30,7 +30,8 @@ FIXES = {  # id -> columns
     208: dict(units='adamw'),              # 2e-4 is the Adam / AdamW run; SGD has no rate in the row
     222: dict(lr=1e-5, ratio=1, head_mult=100),  # timm strings get two groups in fastai: body base_lr/2/100, head base_lr/2
     224: dict(lr=2e-5, ratio=1, head_mult=100),  # geometric mean of the two rates swept, 1e-5 and 4e-5
-    225: dict(regime='supervised'), 226: dict(lr='')}  # 226: two recipes in one row
+    225: dict(regime='supervised'), 226: dict(lr=''),  # 226: two recipes in one row
+    228: dict(regime='lm', ratio=1/2.6**4, head_mult=1)}  # 2.6 from each of the five groups to the next, the head's included
 
 def _num(s, pat=r'([\d.]+(?:e-?\d+)?)'):
     m = re.fullmatch(pat, s.strip())
