@@ -7,6 +7,8 @@ The training loop, the data and the callbacks stay fastai's, and nothing changes
 
 Modules:
 
+- `fastai_discriminative.checks`: The whole battery of proofs for a splitter or a family, in one line of pytest
+- `fastai_discriminative.coverage`: What was proved, for which architectures, by which rule, and where it does not hold
 - `fastai_discriminative.demo`: Real pretrained weights and real images without a download, and a fair race against fastai's `fine_tune`
 - `fastai_discriminative.families`: The built-in families: how their layers follow each other, and which published recipes apply
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for

@@ -1,48 +1,97 @@
-"Every architecture of timm, on the meta device: rules 1 and 3 of layer groups, and the rule that found them. Nothing is sampled, nothing skipped"
-from collections import Counter
+"""Every architecture of timm, every torchvision classifier, every XResNet: all checks that need no weights; and real training steps for the smallest of each kind. Nothing is sampled, nothing skipped
+
+Two processes with one thread each do the work before the first test, for the architectures chosen on the command line; each test then looks at one result."""
+import logging,multiprocessing,time,warnings
+from collections import Counter,deque
+from concurrent.futures import ProcessPoolExecutor,ThreadPoolExecutor
 
 import pytest,timm,torch
 
+from fastai_discriminative.checks import *
+from fastai_discriminative.coverage import *
+from fastai_discriminative.coverage import _read_data
 from fastai_discriminative.registry import *
-from fastai_discriminative.groups import *
-from fastai_discriminative.groups import _classifier_names
 
-architectures = timm.list_models()
-found = {}
+names = list(all_architectures())
+stored = {r['arch']:r for r in _read_data('zoo.csv')}
+same_versions = f'timm {timm.__version__},' in _read_data('zoo.csv', head=True)
 
-# Why an architecture breaks an expectation below. A line that is no longer needed fails `test_exceptions_are_needed`.
-exceptions = {}
+def _start():
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    logging.getLogger('timm').setLevel(logging.ERROR)
 
-def _faults(model, groups):
-    "What is wrong with `groups` by rules 1 and 3"
-    names = [n for n,_ in model.named_parameters()]
-    head = {n for n in names if n.startswith(_classifier_names(model))} if _classifier_names(model) else set()
-    if sorted(n for g in groups for n in g.param_names)!=sorted(names): yield 'not a partition'
-    if not all(g.param_names and g.n_params for g in groups): yield 'an empty group'
-    if groups.depths!=sorted(set(groups.depths)): yield 'depths do not increase'
-    if bool(head)!=bool(getattr(model, 'num_classes', 0)): yield f"{model.num_classes} classes, but the classifier's parameters are {sorted(head)}"
-    if [g.is_head for g in groups]!=[False]*(len(groups)-bool(head))+[True]*bool(head): yield 'the head is not alone at the end'
-    if head and set(groups[-1].param_names)!=head: yield 'the last group is not the classifier'
+def _kind(name):
+    "What an architecture is the smallest of: its module of timm, or its family"
+    what = all_architectures()[name]
+    return (timm.model_entrypoint(what) if isinstance(what, str) else what).__module__
 
-def _all_faults(arch):
-    with torch.device('meta'): model = timm.create_model(arch)
-    groups,blocks = layer_groups(model),layer_groups(model, 'block')
-    yield from (f'{what}: {o}' for what,gs in (('default',groups), ('block',blocks)) for o in _faults(model, gs))
-    if not 3<=len(groups)<=10: yield f'{len(groups)} groups by default'
-    if max(len(g.layers) for g in groups)>0.4*groups.n_layers+1: yield 'a group of more than two fifths of the layers'
-    if (groups.rule=='registered')!=find_family(arch).registered: yield f'found by rule {groups.rule!r}, family {groups.family!r}'
-    found[arch] = groups.rule
+def smallest():
+    "The `test_*` models, and the smallest of each Python module and of each family, by the number of parameters"
+    rows = sorted((r for n,r in stored.items() if n in all_architectures() and r['rule']!='none'), key=lambda r: int(r['params']))
+    by = {}
+    for r in rows:
+        for k in (_kind(r['arch']), (r['family'],r['rule'])): by.setdefault(k, r['arch'])
+    return sorted({*by.values(), *(n for n in names if n.startswith('test_'))})
 
-@pytest.mark.parametrize('arch', architectures)
-def test_partition_and_head(arch):
-    faults = list(_all_faults(arch))
-    assert bool(faults)==(arch in exceptions), faults or f'{arch} is in the table of exceptions, but needs it no longer'
+def _step(name):
+    "What is wrong with real training steps of `name`, or `''`"
+    try: splitter_checks(all_architectures()[name])['training']()
+    except Exception as e: return f'{type(e).__name__}: {e}'
+    return ''
+
+def _do(job): return (prove if job[0]=='prove' else _step)(job[1])
+
+@pytest.fixture(scope='module')
+def results(request):
+    "(`'prove'` or `'step'`, name) -> result, for all tests of this page that were asked for"
+    jobs = [j for o in request.session.items if o.path==request.path and (j := getattr(o, 'callspec', None) and o.callspec.params.get('job'))]
+    start,res = time.perf_counter(),{}
+    steps,proofs = (deque(j for j in jobs if j[0]==k) for k in ('step','prove'))
+    steps = deque(sorted(steps, key=lambda j: -int(stored[j[1]]['params']))) # the longest first
+    with ThreadPoolExecutor(2) as threads: list(threads.map(lambda queues: _work(queues, res), ((steps,proofs), (proofs,))))
+    return res,time.perf_counter()-start
+
+def _work(queues, res):
+    "Do the jobs of `queues` in turn, in one process: training steps, which take much memory, are all given to the same one"
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _start) as pool:
+        for q in queues:
+            while q:
+                try: j = q.popleft()
+                except IndexError: break # the other thread was faster
+                res[j] = pool.submit(_do, j).result()
+
+@pytest.mark.parametrize('job', [('prove',n) for n in names], ids=lambda j: j[1])
+def test_zoo(job, results):
+    "All checks hold, but for those of the table of exceptions, which have to fail; and the table of coverage says what is"
+    row,bad = results[0][job]
+    known = zoo_exceptions(job[1])
+    assert bad.keys()==known.keys(), [f"{k}: {bad.get(k, 'passes, and is excepted needlessly')}" for k in bad.keys()^known.keys()]
+    if same_versions: assert row==stored.get(job[1]), 'data/zoo.csv is stale: run `python tools/make_zoo.py`'
+
+@pytest.mark.parametrize('job', [('step',n) for n in smallest()], ids=lambda j: j[1])
+def test_real_steps(job, results):
+    "Forward, backward, optimiser step after split, freeze, freeze_to(-2), unfreeze: what trains moves, what is frozen does not, norms follow `train_norm`"
+    assert not results[0][job]
+
+def test_smallest_are_of_every_kind():
+    assert {_kind(n) for n in smallest()}=={_kind(n) for n in names if n in stored}
+    assert {stored[n]['family'] for n in smallest()}=={r['family'] for n,r in stored.items() if n in all_architectures() and r['rule']!='none'}
 
 def test_exceptions_name_architectures():
-    assert set(exceptions)<=set(architectures) or timm.__version__!='1.0.31' # older releases have fewer
+    used = {(r['archs'],r['check']) for r in _read_data('exceptions.csv') if any(r['check'] in zoo_exceptions(n) for n in names)}
+    assert used=={(r['archs'],r['check']) for r in _read_data('exceptions.csv')} or not same_versions # older releases have fewer architectures
+    assert all(len(r['reason'])>20 for r in _read_data('exceptions.csv'))
 
-def test_nothing_was_left_out(request, capsys):
-    asked = {o.callspec.params['arch'] for o in request.session.items if o.originalname=='test_partition_and_head'}
-    if asked!=set(architectures): pytest.skip('a part of the zoo was chosen on the command line')
-    with capsys.disabled(): print(f"\n{len(found)} architectures in groups: {', '.join(f'{n} {r}' for r,n in Counter(found.values()).most_common())}; {len(exceptions)} exceptions")
-    assert set(found)==set(architectures)
+def test_nothing_was_left_out(request, results, capsys):
+    asked = {o.callspec.params['job'][1] for o in request.session.items if getattr(o, 'originalname', '')=='test_zoo'}
+    if asked!=set(names): pytest.skip('a part of the zoo was chosen on the command line')
+    res,secs = results
+    rules = Counter(r[0]['rule'] for j,r in res.items() if j[0]=='prove' and r[0]['rule']!='none')
+    tested,excepted = {j[1] for j,r in res.items() if j[0]=='prove' and not r[1]},{n for n in names if zoo_exceptions(n)}
+    steps = sum(j[0]=='step' for j in res)
+    with capsys.disabled():
+        print(f"\n{len(names)} architectures ({len(timm.list_models())} of timm): {', '.join(f'{n} {r}' for r,n in rules.most_common())}; "
+            f"{len(tested)} pass every check, {len(excepted)} are excepted from one; {steps} of them trained for real; {secs:.0f} s in two processes")
+    assert not tested & excepted and tested|excepted==set(names)>=set(timm.list_models())
+    if same_versions: assert set(stored)==set(names)
