@@ -180,11 +180,22 @@ def _check_channels(case):
         except Exception as e: faults.append(f'n_in={n}: {type(e).__name__}: {e}')
     _fail(faults, repr(case))
 
-# %% ../nbs/12_checks.ipynb #e5ccbc31
+# %% ../nbs/12_checks.ipynb #85880e79
 def _any_loss(out, *ys):
     "A loss for any output: the mean squared distance of all its numbers from one"
     outs = list(out.values()) if isinstance(out, dict) else out if isinstance(out, (tuple,list)) else [out]
     return sum(_any_loss(o) if isinstance(o, (dict,tuple,list)) else (o.float()-1).pow(2).mean() for o in outs if isinstance(o, (Tensor,dict,tuple,list)))
+
+def _step_size(model):
+    "Input size for training steps of `model`: the smallest that it takes, to save time, if it is on the meta device"
+    size,on_meta = _input_sizes(model)[0],all(p.is_meta for p in model.parameters())
+    for px in (112, 128, 160, 224):
+        if px>=size[-1] or not on_meta: break
+        try:
+            with torch.no_grad(): deepcopy(model).train()(torch.zeros(2, size[0], px, px, device='meta'))
+            return size[0],px,px
+        except Exception: continue # a fixed size, or none of its multiples
+    return size
 
 def _one_batch_learner(case):
     "A learner for a real copy of the model and one batch; weights that are zero throughout get a little noise, so that gradients pass"
@@ -192,7 +203,7 @@ def _one_batch_learner(case):
     for p in model.parameters():
         if p.requires_grad and p.ndim>1 and not p.any(): nn.init.normal_(p.data, std=0.02)
     x = case.x() if callable(case.x) else case.x
-    if x is None: x = torch.randn(2, *(case.input_size or _input_sizes(model)[0]))
+    if x is None: x = torch.randn(2, *(case.input_size or _step_size(case.model)))
     x = x if isinstance(x, tuple) else (x,)
     dl = DataLoader([(*x, torch.zeros(1))], bs=None, num_workers=0)
     dls = DataLoaders(dl, dl)
@@ -201,7 +212,7 @@ def _one_batch_learner(case):
     learn.arch = case.arch
     return learn
 
-# %% ../nbs/12_checks.ipynb #b3f27528
+# %% ../nbs/12_checks.ipynb #16364615
 class _Watch(Callback):
     "Note which parameters get a gradient in a step, and which norms see the batch, in train mode or not"
     def before_fit(self):
@@ -211,6 +222,7 @@ class _Watch(Callback):
         if self.training: self.norms[n] = m.training
     def before_step(self): # smaller ones vanish beside Adam's `eps`: the step is too small for a float
         self.grads = {n for n,p in _named_params(self.model).items() if p.grad is not None and p.grad.abs().max()>1e-9}
+    def before_validate(self): raise CancelValidException # it would only take time
     def after_fit(self):
         for h in self.hooks: h.remove()
 

@@ -126,7 +126,7 @@ def _find_backbone(model, arch=None):
     (prefix,body),f = _cut_body(model),find_family(arch)
     if body is not None and f.registered: return _Backbone(prefix, body, f, getattr(arch, '__name__', str(arch)))
 
-# %% ../nbs/02_groups.ipynb #bbbe8a66
+# %% ../nbs/02_groups.ipynb #b4d5db7d
 def _classifier_names(m):
     "Prefixes of the layers of timm model `m` that another number of classes replaces"
     cfg = getattr(m, 'pretrained_cfg', None) or getattr(m, 'default_cfg', None)
@@ -136,7 +136,8 @@ def _classifier_names(m):
     except AttributeError: cls = None # no timm model, or an old one without its classifier
     cls = [o for o in (cls if isinstance(cls, (tuple,list)) else [cls]) if isinstance(o, nn.Module)]
     mods = [_submodule(m, o) for o in names]
-    if cls and not (len(cls)==len(mods) and all(a is b for a,b in zip(cls, mods))): names = [n for n,c in m.named_modules() if any(c is o for o in cls)]
+    more = [o for o in cls if not any(o is c for c in mods)]
+    if more: names += [n for n,c in m.named_modules() if any(c is o for o in more)]
     return tuple(f'{_with_norm(m, o)}.' for o in dict.fromkeys(names))
 
 def _submodule(m, name):

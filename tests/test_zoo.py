@@ -78,6 +78,10 @@ def test_smallest_are_of_every_kind():
     assert {_kind(n) for n in smallest()}=={_kind(n) for n in names if n in stored}
     assert {stored[n]['family'] for n in smallest()}=={r['family'] for n,r in stored.items() if n in all_architectures() and r['rule']!='none'}
 
+def test_families_serve_their_architectures():
+    "A registered family that left a parameter out would quietly fall back on another rule"
+    assert [n for n,r in stored.items() if n in all_architectures() and r['rule'] not in ('registered','none') and find_family(all_architectures()[n]).registered]==[]
+
 def test_exceptions_name_architectures():
     used = {(r['archs'],r['check']) for r in _read_data('exceptions.csv') if any(r['check'] in zoo_exceptions(n) for n in names)}
     assert used=={(r['archs'],r['check']) for r in _read_data('exceptions.csv')} or not same_versions # older releases have fewer architectures
