@@ -98,10 +98,10 @@ def _check_numbers(case):
         if n is None and max(len(g.layers) for g in gs)>0.4*gs.n_layers+1: faults.append('a default group has more than two fifths of the layers')
     _fail(faults, repr(case))
 
-# %% ../nbs/12_checks.ipynb #27e534ad
+# %% ../nbs/12_checks.ipynb #9fc4c0e2
 def _check_rates(case):
     "Rule 5, with the preset of the architecture and with a steep one"
-    presets,faults = [Preset(1e-7, 1e-3, 10)]+([preset_for(case.arch)] if isinstance(case.arch, str) else []),[]
+    presets,faults = [Preset(1e-7, 1e-3, 10)]+([preset_for(case.arch)] if case.arch is not None else []),[]
     for p in presets:
         alone = {n:lr for g,lr in zip(case.blocks, p.lrs(case.blocks)) for n in g.param_names}
         for n in _numbers:
@@ -284,17 +284,19 @@ def splitter_checks(
     if known: fs.update(body=_check_body, channels=_check_channels)
     return {k:partial(f, case) for k,f in fs.items()}
 
-# %% ../nbs/12_checks.ipynb #c7dabfca
+# %% ../nbs/12_checks.ipynb #cbf54a10
 def parametrize_with_splitter_checks(
     models, # What `splitter_checks` takes, or a list of it
     expected_failures:dict|None=None, # Name of a check -> why it has to fail
-    **kwargs # `x`, `input_size` and `arch` as in `splitter_checks`
-): # A pytest mark that gives the test function an argument `check`
+    x=None, # As in `splitter_checks`, for all of them
+    input_size:tuple|None=None, # As in `splitter_checks`, in pixels
+    arch=None, # As in `splitter_checks`
+)->object: # A pytest mark that gives the test function an argument `check`
     "Run a test for every check of each of `models`: `@parametrize_with_splitter_checks('my_arch')` above `def test_it(check): check()`"
     import pytest
     why,params = expected_failures or {},[]
     for m in models if isinstance(models, list) else [models]:
-        checks = splitter_checks(m, **kwargs)
+        checks = splitter_checks(m, x, input_size, arch)
         bad = [k for k in why if k not in checks]
         if bad: raise SplitterError(f"`expected_failures` names {bad[0]!r}. The checks are: {', '.join(checks)}.")
         name = m if isinstance(m, str) else getattr(m, '__name__', type(m).__name__)

@@ -100,7 +100,7 @@ class _Head(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(8, 2)
-    def forward(self, x): return self.fc((x[0] if isinstance(x, tuple) else x).flatten(1)[:,:8])
+    def forward(self, x): return self.fc((x[0] if isinstance(x, (tuple,list)) else x).flatten(1)[:,:8])
 
 @pytest.mark.parametrize('family,arch', cases)
 def test_body_and_head(family, arch):
