@@ -241,6 +241,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastai_discriminative/families.py'),
                                                 'fastai_discriminative.families._inception': ( 'families.html#_inception',
                                                                                                'fastai_discriminative/families.py'),
+                                                'fastai_discriminative.families._late_token': ( 'families.html#_late_token',
+                                                                                                'fastai_discriminative/families.py'),
                                                 'fastai_discriminative.families._maxvit': ( 'families.html#_maxvit',
                                                                                             'fastai_discriminative/families.py'),
                                                 'fastai_discriminative.families._metaformer': ( 'families.html#_metaformer',

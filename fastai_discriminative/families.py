@@ -94,27 +94,23 @@ register_family('swin', ('timm.models.swin_transformer','timm.models.swin_transf
 register_family('swinv2', 'timm.models.swin_transformer_v2', source='https://github.com/microsoft/Swin-Transformer',
     recipes=dict(supervised=(34,), supervised_large=(35,), intermediate=(35,), mim=(38,)))(_swin)
 
-# %% ../nbs/04_families.ipynb #5a8429f7
-@register_family('cait', 'timm.models.cait', recipes=dict(supervised=(112,)), source='https://arxiv.org/abs/2103.17239')
-def _cait(m):
+# %% ../nbs/04_families.ipynb #986d2d36
+def _late_token(m, before, after):
+    "Layers of a transformer whose class token joins between the blocks `before` and `after`"
     yield _get(m, 'patch_embed', 'pos_embed')
-    yield from m.blocks
-    yield from _after(m.cls_token, m.blocks_token_only)
+    yield from before
+    yield from _after(m.cls_token, after)
     yield m.norm
+
+# %% ../nbs/04_families.ipynb #da79cba8
+@register_family('cait', 'timm.models.cait', recipes=dict(supervised=(112,)), source='https://arxiv.org/abs/2103.17239')
+def _cait(m): return _late_token(m, m.blocks, m.blocks_token_only)
 
 @register_family('xcit', 'timm.models.xcit', recipes=dict(supervised=(113,)), source='https://arxiv.org/abs/2106.09681')
-def _xcit(m):
-    yield _get(m, 'patch_embed', 'pos_embed')
-    yield from m.blocks
-    yield from _after(m.cls_token, m.cls_attn_blocks)
-    yield m.norm
+def _xcit(m): return _late_token(m, m.blocks, m.cls_attn_blocks)
 
 @register_family('convit', 'timm.models.convit', source='https://arxiv.org/abs/2103.10697')
-def _convit(m):
-    yield _get(m, 'patch_embed', 'pos_embed')
-    yield from m.blocks[:m.local_up_to_layer]
-    yield from _after(m.cls_token, m.blocks[m.local_up_to_layer:])
-    yield m.norm
+def _convit(m): return _late_token(m, m.blocks[:m.local_up_to_layer], m.blocks[m.local_up_to_layer:])
 
 # %% ../nbs/04_families.ipynb #874fb992
 @register_family('volo', 'timm.models.volo', recipes=dict(supervised=(143,144)), source='https://arxiv.org/abs/2106.13112')
