@@ -11,6 +11,8 @@ Modules:
 - `fastai_discriminative.coverage`: What was proved, for which architectures, by which rule, and where it does not hold
 - `fastai_discriminative.demo`: Real pretrained weights and real images without a download, and a fair race against fastai's `fine_tune`
 - `fastai_discriminative.families`: The built-in families: how their layers follow each other, and which published recipes apply
+- `fastai_discriminative.fast_math`: Channels-last memory and bfloat16, where this machine gains by them
+- `fastai_discriminative.features`: What frozen layers make of an image, computed once: the frozen prefix of a model, and training on its cached results
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
 - `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move

@@ -6,3 +6,5 @@ from .presets import *
 from .families import *
 from .optimizer import *
 from .learner import *
+from .features import *
+from .fast_math import *

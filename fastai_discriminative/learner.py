@@ -11,7 +11,8 @@ __all__ = ['TrueFreeze', 'LearnerGroups', 'discriminative_learner']
 
 # %% ../nbs/06_learner.ipynb #df5f378a
 import inspect,math,random,warnings
-from contextlib import contextmanager
+from bisect import bisect
+from contextlib import contextmanager,nullcontext
 from functools import wraps
 from pathlib import Path
 from unittest.mock import patch as _mock_patch
@@ -19,6 +20,7 @@ from unittest.mock import patch as _mock_patch
 import numpy as np, timm, torch
 from fastai.basics import *
 from fastai.callback.core import Callback
+from fastai.callback import schedule
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
 from fastai.vision.core import imagenet_stats
@@ -58,6 +60,16 @@ def _group_of(name, where):
         if found or not name: return min(found, default=0)
         name = name.rpartition('.')[0]
 
+# %% ../nbs/06_learner.ipynb #aaf1a573
+def _asleep(model, cold):
+    "Outermost modules all of whose parameters are among the names `cold`"
+    def _walk(name, m):
+        ps = [_clean(n) for n,_ in m.named_parameters(prefix=name)]
+        if ps and cold.issuperset(ps): yield m
+        else:
+            for n,c in m.named_children(): yield from _walk(f'{name}.{n}' if name else n, c)
+    return list(_walk('', model)) if cold else []
+
 # %% ../nbs/06_learner.ipynb #ee5ad5f3
 def _frozen_idx(opt):
     "Number of leading groups of `opt` that are frozen: by `freeze_to`, or because none of their parameters trains (norms that fastai forces to aside)"
@@ -66,7 +78,11 @@ def _frozen_idx(opt):
     return max(opt.frozen_idx, next((i for i,ps in enumerate(lists) if not ps or not all(map(_still, ps))), len(lists)))
 
 # %% ../nbs/06_learner.ipynb #e5d5042e
-class TrueFreeze(Callback):
+class _Holding(Callback):
+    "A callback that changes the model while a fit goes on; `release` undoes it, and is called when the fit is over, however it ended"
+    def release(self): pass
+
+class TrueFreeze(_Holding):
     "Keep frozen groups exactly as they are; added by `Learner.split`"
     order = 5 # after `TrainEvalCallback`, which puts the whole model into train mode
     def __init__(self,
@@ -90,7 +106,8 @@ def hold(self:TrueFreeze):
     self.at = self.opt.frozen_idx = _frozen_idx(self.opt)
     norms = [(m, _group_of(n, where)) for n,m in _norms(self.model)] if self.train_norm is not True else []
     body = max(self.at, len(groups)-groups[-1].is_head)
-    self.still = [m for m,i in norms if i<(self.at if self.train_norm=='group' else body)]
+    asleep = _asleep(self.model, {n for n,i in where.items() if i<self.at}) if self.train_norm is not True else []
+    self.still = asleep + [m for m,i in norms if i<(self.at if self.train_norm=='group' else body)]
     self.off = [p for m,i in norms if i<(body if self.train_norm is False else self.at) for p in m.parameters() if p.requires_grad]
     for p in self.off: p.requires_grad_(False)
     for m in self.still: m.eval()
@@ -215,7 +232,64 @@ def split(self:Learner,
     cold,still = _frozen_names(self)
     _new_opt(self, _n_frozen(groups, cold|still), still, opt_func=opt_func, splitter=spl, train_bn=train_norm is True)
     self.preset,self.peak_lrs = preset,None
+    _light_recorder(self)
     return self.remove_cbs(TrueFreeze).add_cb(cb)
+
+# %% ../nbs/06_learner.ipynb #90b63b67
+def _combine_scheds(pcts, scheds, _stock=schedule.combine_scheds):
+    "fastai's `combine_scheds`, without tensors and bit for bit the same"
+    _stock(pcts, scheds) # for its errors
+    ends = list(torch.cumsum(tensor([0]+L(pcts)), 0).float().numpy())
+    widths = [b-a for a,b in zip(ends, ends[1:])]
+    def _inner(pos):
+        pos = np.float32(pos)
+        i = min(bisect(ends, pos), len(widths))-1
+        return scheds[i](float((pos-ends[i])/widths[i]))
+    return _inner
+
+class _SmoothLoss(AvgSmoothLoss):
+    "fastai's, in plain tensors"
+    def accumulate(self, learn):
+        if num_distrib()>1: return super().accumulate(learn)
+        self.count += 1
+        with torch._C.DisableTorchFunctionSubclass():
+            loss = learn.loss.detach()
+            if loss.ndim: loss = loss.mean()
+            self.val = torch.lerp(loss if loss.is_cpu else loss.cpu(), self.val, self.beta)
+
+# %% ../nbs/06_learner.ipynb #f2c565f5
+class _ParamScheduler(ParamScheduler):
+    "fastai's, without detours in a batch"
+    name = 'param_scheduler'
+    def before_batch(self):
+        opt,pct = self.learn.opt,self.learn.pct_train
+        for n,f in self.scheds.items(): opt.set_hyper(n, f(pct))
+    def after_batch(self):
+        now = self.learn.opt.hypers[-1]
+        for p,vs in self.hps.items(): vs.append(now[p])
+
+class _Recorder(Recorder):
+    "fastai's, without detours in a training batch"
+    name = 'recorder'
+    def after_batch(self):
+        learn,loss = self.learn,self.smooth_loss
+        if not learn.training or self.train_metrics or not len(learn.yb): return super().after_batch()
+        loss.accumulate(learn)
+        learn.smooth_loss = loss.value
+        self.lrs.append(learn.opt.hypers[-1]['lr'])
+        self.losses.append(learn.smooth_loss)
+
+# %% ../nbs/06_learner.ipynb #965d4679
+def _light_schedules(): return _mock_patch.multiple(schedule, combine_scheds=_combine_scheds, ParamScheduler=_ParamScheduler)
+
+def _light_recorder(learn):
+    "Exchange fastai's own recorder in `learn` for ours, with all it holds"
+    old = next((cb for cb in learn.cbs if type(cb) is Recorder), None)
+    if old is None: return
+    new = _Recorder(beta=old.smooth_loss.beta)
+    vars(new).update({k:v for k,v in vars(old).items() if k!='smooth_loss'})
+    new.smooth_loss = _SmoothLoss(old.smooth_loss.beta)
+    learn.remove_cb(old).add_cb(new)
 
 # %% ../nbs/06_learner.ipynb #afa84d8f
 def _is_split(learn): return isinstance(getattr(learn, 'splitter', None), Splitter)
@@ -254,13 +328,15 @@ def _takes_preset(name, arg):
     @wraps(f)
     def _f(self, *args, **kwargs):
         b = sig.bind(self, *args, **kwargs)
-        cbs = b.arguments.get('cbs')
+        cbs = L(b.arguments.get('cbs')).map(lambda o: o() if isinstance(o, type) and issubclass(o, _Holding) else o)
+        if cbs: b.arguments['cbs'] = cbs
         if arg in b.arguments: b.arguments[arg] = _resolve_lr(self, b.arguments[arg], cbs)
         elif not any(isinstance(o, ParamScheduler) for o in L(cbs)): _resolve_lr(self, None)
-        try: return f(*b.args, **b.kwargs)
+        try:
+            with _light_schedules() if _is_split(self) else nullcontext(): return f(*b.args, **b.kwargs)
         finally:
-            for cb in self.cbs:
-                if isinstance(cb, TrueFreeze): cb.release()
+            for cb in [*self.cbs, *cbs]:
+                if isinstance(cb, _Holding): cb.release()
     _f._stock = f
     setattr(Learner, name, _f)
 

@@ -18,7 +18,7 @@ from numbers import Real
 from typing import Callable,Iterable
 from warnings import warn
 
-import torch
+import numpy as np,torch
 from torch import Tensor,nn
 from torch.nn.parameter import is_lazy
 
@@ -203,10 +203,17 @@ def set_hypers(self:FusedOptimizer, **kwargs):
     self._stale = True
 
 @patch
+def set_hyper(self:FusedOptimizer, k, v):
+    if isinstance(v, np.ndarray) and len(self.hypers)>1 and v.shape==(len(self.hypers),): self._set_hyper(k, v.tolist())
+    elif type(v) is float: self._set_hyper(k, [v]*len(self.hypers))
+    else: super(FusedOptimizer, self).set_hyper(k, v)
+
+@patch
 def _set_hyper(self:FusedOptimizer, k, v):
     if k not in self.hypers[0]: raise OptimizerStateError(f"Unknown hyper-parameter {k!r}: this optimiser has {_some(self.hypers[0], 9)}.{_near(k, self.hypers[0])}")
     for v_,h in zip(v, self.hypers): h[k] = float(v_)
 
+# %% ../nbs/05_optimizer.ipynb #4fc4e8ad
 @patch
 def _sync(self:FusedOptimizer):
     "Hand hyper-parameters that have changed to the torch groups"
