@@ -2,10 +2,11 @@
 
     python benchmarks/bench_frozen.py [--runs 5] [--bs 8] [--px 128] [--archs NAME ...] [--steps 10] [--n-train 600] [--out benchmarks/results/frozen.json]
 
-Each figure comes from a process of its own, on the CPU and one thread; the contestants take turns, `runs` times, so that a slow moment of the machine hits all of them, and ratios are taken
-within a run. A step is one in a real `learn.fit`, from the start of the batch until its gradients are dropped. Peak memory is what the fit needs above what the process held before it.
-1 MB is 2**20 bytes. Weights are random; a body in quarters is ours with a group for each block. `epoch` has real images and weights; fastai's epoch is its second frozen one there, so that
-neither side pays for its first batches.
+Each figure comes from a process of its own, on the CPU and one thread; the contestants take turns, `runs` times, so that a slow moment of the machine hits
+all of them, and ratios are taken within a run. A step is one in a real `learn.fit`, from the start of the batch until its gradients are dropped. Peak memory
+is what the fit needs above what the process held before it. 1 MB is 2**20 bytes. Weights are random; a body in quarters is ours with a group for each block.
+`epoch` has real images and weights; fastai's epoch is its second frozen one there, so that neither side pays for its first batches. The first epoch on cached
+features has their building, `build_s`, in it.
 """
 import argparse,ctypes,gc,json,os,statistics,subprocess,sys,time,traceback,warnings
 from functools import wraps
@@ -128,7 +129,7 @@ def step_specs(archs, bs, px, steps):
         for share in quarters: yield dict(base, how='ours', share=share, n_groups='block')
 
 def epoch(how, n_train, epochs):
-    "Seconds of building a learner, and of the epochs in which its head trains; `how` is 'fastai', 'ours' or 'cached'"
+    "Seconds of building features, and of the epochs in which its head trains; `how` is 'fastai', 'ours' or 'cached'"
     from fastai_discriminative.cli import _Job,_parser
     from fastai_discriminative.demo import clipart_path,folder_images,lite0_weights
     a = _parser().parse_args(['demo', '--size', '64', '--bs', '32', '--n-train', str(n_train)])
@@ -138,10 +139,10 @@ def epoch(how, n_train, epochs):
     if how=='cached':
         from fastai_discriminative.features import CachedFeatures
         cbs = [CachedFeatures()]
-        build = timed(cbs[0], 'before_fit')
+        build = timed(cbs[0], '_look')
     train,valid,fit = timed(learn, '_do_epoch_train'),timed(learn, '_do_epoch_validate'),timed(learn, 'fit')
     quiet_fit(learn, epochs, *lr, one_cycle=True, cbs=cbs)
-    return dict(build_s=sum(build), train_s=train, valid_s=valid, fit_s=sum(fit), accuracy=[float(o[-1]) for o in learn.recorder.values])
+    return dict(build_s=build[0] if build else 0., train_s=train, valid_s=valid, fit_s=sum(fit), accuracy=[float(o[-1]) for o in learn.recorder.values])
 
 def epoch_specs(n_train, **epochs): return [dict(task='epoch', how=how, n_train=n_train, epochs=n) for how,n in epochs.items()]
 
@@ -183,7 +184,9 @@ def step_summary(rows):
 def epoch_summary(rows):
     "Medians over runs, and fastai's frozen epoch in units of ours"
     res,later = {},lambda xs: statistics.median(xs[1:] or xs)
-    for r in rows: r.update(later_train_s=later(r['train_s']), later_epoch_s=later([a+b for a,b in zip(r['train_s'], r['valid_s'])]), first_train_s=r['train_s'][0], last=r['accuracy'][-1])
+    for r in rows:
+        r.update(first_train_s=r['train_s'][0], later_train_s=later(r['train_s']), later_epoch_s=later([a+b for a,b in zip(r['train_s'], r['valid_s'])]))
+        r['last'] = r['accuracy'][-1]
     of = {how: [o for o in rows if o['how']==how] for how in dict.fromkeys(o['how'] for o in rows)}
     for how,rs in of.items():
         res[how] = medians(rs, 'build_s', 'first_train_s', 'later_train_s', 'later_epoch_s', 'fit_s', 'last')
@@ -203,17 +206,22 @@ def parse():
     ap.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)
     return ap.parse_args()
 
+def write(path, res):
+    "Write `res` as JSON"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(res, indent=1)+'\n')
+
 def main(args):
     "Measure everything, and write it"
     rows = list(measure(__file__, list(step_specs(args.archs, args.bs, args.px, args.steps)), args.runs))
     epochs = list(measure(__file__, epoch_specs(args.n_train, fastai=2, ours=2, cached=4), args.runs))
-    ok = lambda rs: [o for o in rs if 'error' not in o]
-    summary = dict(step=step_summary(ok(rows)), epoch=epoch_summary(ok(epochs)), errors=[o for o in rows+epochs if 'error' in o])
     torch.set_num_threads(1)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = dict(runs=args.runs, bs=args.bs, px=args.px, steps=args.steps, n_train=args.n_train)
-    args.out.write_text(json.dumps(dict(machine=machine(), **settings, summary=summary, rows=rows, epochs=epochs), indent=1)+'\n')
-    print(json.dumps(summary, indent=1))
+    res = dict(machine=machine(), runs=args.runs, bs=args.bs, px=args.px, steps=args.steps, n_train=args.n_train, summary={}, rows=rows, epochs=epochs)
+    write(args.out, res) # before anything can go wrong with a summary
+    ok = lambda rs: [o for o in rs if 'error' not in o]
+    res['summary'] = dict(step=step_summary(ok(rows)), epoch=epoch_summary(ok(epochs)), errors=[o for o in rows+epochs if 'error' in o])
+    write(args.out, res)
+    print(json.dumps(res['summary'], indent=1))
 
 if __name__=='__main__':
     args = parse()

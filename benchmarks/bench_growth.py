@@ -1,10 +1,12 @@
 """How time and memory grow with images, layer groups, parameters and processes
 
-    python benchmarks/bench_growth.py [--runs 3] [--base 128] [--steps 10] [--panels NAME ...] [--out benchmarks/results/growth.json] [--plot nbs/images/growth.png] [--replot]
+    python benchmarks/bench_growth.py [--runs 3] [--base 128] [--steps 10] [--panels NAME ...] [--out benchmarks/results/growth.json]
+        [--plot benchmarks/results/growth.png] [--replot]
 
-Each point comes from a process of its own, on the CPU and one thread, the points in turn, `runs` times; figures are medians. Images are random and in memory already, so that no decoding is
-timed: `base` images times 1, 4 and 16, and a sixteenth of them to validate. Peak memory is what a fit needs above what the process held before it; 1 MB is 2**20 bytes. An exponent is the slope
-of a line through the logarithms: 1 is linear growth, and a fixed part makes it smaller. Needs `pip install accelerate` for two processes.
+Each point comes from a process of its own, on the CPU and one thread, the points in turn, `runs` times; figures are medians. Images are random and in memory
+already, so that no decoding is timed: `base` images times 1, 4 and 16, and a sixteenth of them to validate. Peak memory is what a fit needs above what the
+process held before it; 1 MB is 2**20 bytes. An exponent is the slope of a line through the logarithms: 1 is linear growth, and a fixed part makes it smaller.
+Needs `pip install accelerate` for two processes.
 """
 import argparse,hashlib,json,statistics,threading,time
 from pathlib import Path
@@ -15,7 +17,7 @@ from fastai.vision.all import *
 
 from fastai_discriminative.all import *
 from fastai_discriminative.demo import _atomic,_markers,_okabe_ito,lite0_weights
-from bench_frozen import Peak,make_learner,measure,medians,memory_dls,paired,quiet_fit,status_mb,step,timed,work
+from bench_frozen import Peak,make_learner,measure,medians,memory_dls,paired,quiet_fit,status_mb,step,timed,work,write
 from bench_step import machine,one_run
 
 lite0 = 'tf_efficientnet_lite0'
@@ -51,10 +53,10 @@ def fit_mode(learn, mode):
     else:
         from fastai_discriminative.features import CachedFeatures
         cbs,n = [CachedFeatures(**(dict(ram_gb=0) if mode=='disk' else {}))],4
-        build = timed(cbs[0], 'before_fit')
+        build = timed(cbs[0], '_look')
     train = timed(learn, '_do_epoch_train')
     quiet_fit(learn, n, 'preset', one_cycle=True, cbs=cbs)
-    return dict(build_s=sum(build), epoch_s=statistics.median(train[1:] or train), rows_mb=cbs[0].nbytes/2**20 if cbs else 0.)
+    return dict(build_s=build[0] if build else 0., epoch_s=statistics.median(train[1:] or train), rows_mb=cbs[0].nbytes/2**20 if cbs else 0.)
 
 def images(mode, n, bs, px):
     "One point: a fit with `n` training images"
@@ -178,7 +180,7 @@ def processes_summary(rows):
         of = {n: o for (n,),o in by(rs, 'n_procs').items()}
         res[mode] = dict(points=[dict(n=n, **medians(o, *keys)) for n,o in of.items()])
         if len(of)<2: continue
-        res[mode].update(speedup=paired(of[1], of[2], 'epoch_s'), same_params=all(o['same_params'] for o in of[2]), same_buffers=all(o['same_buffers'] for o in of[2]))
+        res[mode].update(speedup=paired(of[1], of[2], 'epoch_s'), **{k: all(o[k] for o in of[2]) for k in ('same_params','same_buffers')})
     return res
 
 summaries = dict(images=images_summary, groups=groups_summary, parameters=params_summary, processes=processes_summary)
@@ -200,7 +202,7 @@ def plot_images(axs, s):
     names = dict(ram='cached, in memory', disk='cached, in files', unfrozen='whole model')
     for i,(mode,d) in enumerate(s.items()):
         xs,get = [p['n'] for p in d['points']],lambda k: [p[k] for p in d['points']]
-        if mode!='disk': line(axs[0], 2*(mode=='unfrozen'), xs, get('epoch_s'), f'an epoch, {"whole model" if mode=="unfrozen" else "head on cached features"}', True)
+        if mode!='disk': line(axs[0], i, xs, get('epoch_s'), f"an epoch, {'whole model' if mode=='unfrozen' else 'head on cached features'}", True)
         if mode=='ram': line(axs[0], 1, xs, get('build_s'), 'building the cache, once', True)
         line(axs[1], i, xs, get('peak_mb'), names[mode])
         if mode=='ram': line(axs[1], 3, xs, get('rows_mb'), 'the kept features alone', True)
@@ -209,55 +211,67 @@ def plot_images(axs, s):
     axs[1].set(title='Images: memory', xlabel='training images', ylabel='peak above the start of the fit (MB)')
 
 def plot_groups(ax, s):
-    "Milliseconds of splitting, optimiser step and schedule against groups"
-    what = dict(split_ms='splitting the learner, once', opt_ms='optimiser, a step', schedule_us='schedule, a step')
+    "Milliseconds of splitting, optimiser step and schedule against groups: a colour for each, a marker for each architecture"
+    what = dict(split_ms='splitting the learner, once', opt_ms='optimiser, a step', schedule_us='schedule and recorder, a step')
     for j,(arch,d) in enumerate(s.items()):
         xs = [p['n'] for p in d['points']]
         for i,(k,v) in enumerate(what.items()):
             ys = [p[k]/(1000 if k.endswith('_us') else 1) for p in d['points']]
-            line(ax, i, xs, ys, f'{v}, {arch}', j==2, marker=_markers[j], lw=1.5, ms=5)
+            line(ax, i, xs, ys, v if j==0 else None, j==len(s)-1, marker=_markers[j], lw=1.5, ms=5)
+        ax.plot([], [], color='gray', marker=_markers[j], ls='', label=short_name(arch))
     ax.set(title='Layer groups', xlabel='groups', ylabel='milliseconds')
+
+def short_name(arch): return arch.removeprefix('tf_efficientnet_').split('_patch')[0]
 
 def plot_params(axs, s):
     "Milliseconds a step, and memory, against parameters"
-    xs = [p['n_params']/1e6 for p in s['points']]
-    for i,(k,v) in enumerate(dict(unfrozen_ms='whole model', bare_ms='bare forward and backward', frozen_ms='body frozen').items()): line(axs[0], i, xs, [p[k] for p in s['points']], v, i==0)
-    for i,k in ((0,'unfrozen'), (2,'frozen')): line(axs[1], i, xs, [p[f'{k}_peak_mb'] for p in s['points']], 'whole model' if i==0 else 'body frozen', True)
-    short = lambda p: p['arch'].removeprefix('tf_').split('_patch')[0]
-    for p,x in zip(s['points'], xs): axs[1].annotate(short(p), (x, p['frozen_peak_mb']), xytext=(0,-14), textcoords='offset points', fontsize=7, ha='center')
+    xs,get = [p['n_params']/1e6 for p in s['points']],lambda k: [p[k] for p in s['points']]
+    line(axs[0], 0, xs, get('unfrozen_ms'), 'whole model', True)
+    line(axs[0], 1, xs, get('bare_ms'), 'whole model: bare forward and backward', lw=1, ms=4)
+    line(axs[0], 2, xs, get('frozen_ms'), 'body frozen', True)
+    line(axs[1], 0, xs, get('unfrozen_peak_mb'), 'whole model', True)
+    line(axs[1], 2, xs, get('frozen_peak_mb'), 'body frozen', True)
+    for ax in axs:
+        for p,x in zip(s['points'], xs):
+            ax.text(x, .02, short_name(p['arch']), rotation=90, transform=ax.get_xaxis_transform(), fontsize=7.5, ha='center', va='bottom', color='dimgray')
     axs[0].set(title='Parameters: time', xlabel='parameters (millions)', ylabel='milliseconds a step')
     axs[1].set(title='Parameters: memory', xlabel='parameters (millions)', ylabel='peak above the start of the fit (MB)')
 
 def plot_processes(ax, s):
-    "Seconds of an epoch against processes"
-    names = dict(ram='an epoch, head on cached features', unfrozen='an epoch, whole model')
-    for i,(mode,v) in enumerate(names.items()):
+    "Seconds of an epoch against processes; dashed what perfect sharing would be"
+    for i,k,label in ((0,'epoch_s','an epoch, head on cached features'), (1,'build_s','building the cache, once'), (2,'epoch_s','an epoch, whole model')):
+        mode = 'unfrozen' if i==2 else 'ram'
         if mode not in s: continue
-        pts = s[mode]['points']
-        xs,ys = [p['n'] for p in pts],[p['epoch_s'] for p in pts]
-        line(ax, 2*i, xs, ys, v)
-        ax.plot(xs, [ys[0]/x for x in xs], '--', color=_okabe_ito[2*i], lw=1, alpha=.6)
-        if mode=='ram': line(ax, 1, xs, [p['build_s'] for p in pts], 'building the cache, once')
-    ax.set(title='Processes, one thread each', xlabel='processes', ylabel='seconds', xticks=[1,2])
+        xs,ys = [p['n'] for p in s[mode]['points']],[p[k] for p in s[mode]['points']]
+        line(ax, i, xs, ys, label)
+        ax.plot(xs, [ys[0]/x for x in xs], '--', color=_okabe_ito[i], lw=1, alpha=.6)
+    ax.set(title='Processes, one thread each', xlabel='processes', ylabel='seconds', xlim=(.8,2.2), xticks=[1,2], yscale='log')
+
+def finish(ax, dashed, below):
+    "Scales, legend, and the room that these and labels need"
+    from matplotlib.ticker import LogLocator,ScalarFormatter
+    ax.set_yscale('log')
+    if dashed=='linear growth':
+        ax.set_xscale('log')
+        ax.xaxis.set(major_locator=LogLocator(subs=(1,2,5)), major_formatter=ScalarFormatter(), minor_formatter='')
+    ax.plot([], [], '--', color='gray', lw=1, label=dashed)
+    lo,hi = ax.get_ylim()
+    ax.set_ylim(lo*(lo/hi)**below, hi*(hi/lo)**.4)
+    ax.grid(alpha=.25)
+    ax.spines[['top','right']].set_visible(False)
+    ax.legend(frameon=False, fontsize=7.5, loc='upper left')
 
 def plot(summary, fname):
     "All panels, as PNG"
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator,ScalarFormatter
-    fig = Figure(figsize=(13,8), layout='constrained')
-    axs = fig.subplots(2, 3).flat
+    fig = Figure(figsize=(13,8.4), layout='constrained')
+    axs = list(fig.subplots(2, 3).flat)
     for k,f,o in (('images',plot_images,axs[:2]), ('processes',plot_processes,axs[2]), ('parameters',plot_params,axs[3:5]), ('groups',plot_groups,axs[5])):
         if summary.get(k): f(o, summary[k])
-    for ax in axs:
-        if not ax.lines: continue
-        ax.set(yscale='log', xscale='linear' if 'Processes' in ax.get_title() else 'log')
-        lo,hi = ax.get_ylim()
-        ax.set_ylim(lo, hi*(hi/lo)**.45) # room for the legend
-        if ax.get_xscale()=='log': ax.xaxis.set(major_locator=LogLocator(subs=(1,2,5)), major_formatter=ScalarFormatter(), minor_formatter='')
-        ax.grid(alpha=.25)
-        ax.spines[['top','right']].set_visible(False)
-        ax.legend(frameon=False, fontsize=7.5, loc='upper left')
-    fig.suptitle('How time and memory grow (dashed: linear growth from the first point)', fontsize=12)
+    for i,ax in enumerate(axs):
+        if ax.lines: finish(ax, 'linear speed-up' if i==2 else 'linear growth', .45 if i in (3,4) else 0)
+        else: ax.axis('off')
+    fig.suptitle('How time and memory grow', fontsize=12)
     with _atomic(fname) as tmp: fig.savefig(tmp, dpi=130)
 
 def parse():
@@ -268,25 +282,29 @@ def parse():
     ap.add_argument('--steps', type=int, default=10)
     ap.add_argument('--panels', nargs='*', default=list(summaries), choices=list(summaries))
     ap.add_argument('--out', type=Path, default=here/'results'/'growth.json')
-    ap.add_argument('--plot', type=Path, default=here.parent/'nbs'/'images'/'growth.png')
-    ap.add_argument('--replot', action='store_true', help='measure nothing, plot `--out` anew')
+    ap.add_argument('--plot', type=Path, default=here/'results'/'growth.png')
+    ap.add_argument('--replot', action='store_true', help='measure nothing, summarize and plot `--out` anew')
     ap.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)
     return ap.parse_args()
 
+def summarize(rows):
+    "Medians, exponents and errors of all panels"
+    res = {k: summaries[k]([o for o in v if 'error' not in o]) for k,v in rows.items()}
+    return dict(res, errors=[o for v in rows.values() for o in v if 'error' in o], worse_than_linear=worse(res))
+
 def main(args):
     "Measure all panels, and write figures and plot"
-    if not args.replot:
+    if args.replot: res = json.loads(args.out.read_text())
+    else:
         rows = {k: list(measure(__file__, points(k, args.base, args.steps), args.runs, launcher)) for k in args.panels}
-        summary = {k: summaries[k]([o for o in v if 'error' not in o]) for k,v in rows.items()}
-        summary.update(errors=[o for v in rows.values() for o in v if 'error' in o], worse_than_linear=worse(summary))
         torch.set_num_threads(1)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        at = dict(machine(), accelerate=accelerate.__version__)
-        args.out.write_text(json.dumps(dict(machine=at, runs=args.runs, base=args.base, steps=args.steps, summary=summary, rows=rows), indent=1)+'\n')
-    summary = json.loads(args.out.read_text())['summary']
+        res = dict(machine=dict(machine(), accelerate=accelerate.__version__), runs=args.runs, base=args.base, steps=args.steps, summary={}, rows=rows)
+    write(args.out, res) # before anything can go wrong with a summary
+    res['summary'] = summarize(res['rows'])
+    write(args.out, res)
     args.plot.parent.mkdir(parents=True, exist_ok=True)
-    plot(summary, args.plot)
-    print(json.dumps({k:summary.get(k) for k in ('errors','worse_than_linear')}, indent=1))
+    plot(res['summary'], args.plot)
+    print(json.dumps({k:res['summary'][k] for k in ('errors','worse_than_linear')}, indent=1))
 
 if __name__=='__main__':
     args = parse()

@@ -1,18 +1,21 @@
-"""Cost of one optimiser step: fastai's `Adam`, torch's AdamW through `OptimWrapper`, and `fused_adamw`
+"""Cost of one optimiser step: fastai's `Adam`, torch's AdamW through `OptimWrapper`, and `fused_adamw`; and of schedule and recorder in a real fit
 
     python benchmarks/bench_step.py [--runs 7] [--steps 5] [--out benchmarks/results/step.json]
 
 Medians over `runs`; each run times `steps` steps with gradients in place, the optimisers in turn, so that a slow moment of the machine hits all of them.
-`hypers_us` is what a schedule costs a batch: set `lr` (one a group) and `mom`, hand them to torch, read both back.
+`hypers_us` is what a schedule costs a batch: set `lr` (one a group) and `mom`, hand them to torch, read both back. `schedule` is what fastai's `ParamScheduler` and
+`Recorder` take a batch in `fit_one_cycle` with 40 groups, in a learner that was split and in one that was not: in a tiny network, and in one that fills the caches.
 """
 import argparse,json,os,platform,statistics,time
 from functools import partial
 from pathlib import Path
 
-import fastai,numpy as np,timm,torch
+import fastai.callback.schedule,numpy as np,timm,torch
+from fastai.basics import *
 from fastai.optimizer import Adam,OptimWrapper
 
 from fastai_discriminative.groups import layer_groups
+from fastai_discriminative.learner import TrueFreeze # with `Learner.split`
 from fastai_discriminative.optimizer import fused_adamw
 
 archs = ['convnext_tiny', 'resnet50', 'vit_small_patch16_224', 'tf_efficientnet_lite0']
@@ -53,6 +56,46 @@ def bench(arch, n_groups, runs, steps):
         speedup_vs_fastai=round(ms['fastai_adam']/ms['ours'], 2), speedup_vs_wrapper=round(ms['wrapper_adamw']/ms['ours'], 2),
         vs_wrapper_fused=round(ms['ours']/ms['wrapper_adamw_fused'], 2), hypers_us={k: round(hypers_us(o), 1) for k,o in made.items()})
 
+class Chain(nn.Module):
+    "Forty small layers: all that a batch takes is overhead"
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3,3) for _ in range(40))
+    def forward(self, x):
+        x = x.mean((2,3))
+        for o in self.layers: x = o(x)
+        return x
+
+class Meter(Callback):
+    "Seconds of each call of the scheduler's and the recorder's methods, in `secs`"
+    order = 1000
+    def before_fit(self): self.secs = [self._timed(o, n) for o,n in ((self.param_scheduler,'before_batch'), (self.param_scheduler,'after_batch'), (self.recorder,'after_batch'))]
+    def _timed(self, o, name):
+        f,res = getattr(o, name),[]
+        def _f():
+            start = time.perf_counter()
+            f()
+            if self.training: res.append(time.perf_counter()-start)
+        setattr(o, name, _f)
+        return res
+
+def schedule_us(model, split, n=40, steps=60):
+    "Microseconds a batch of schedule and recorder, in `n` groups"
+    ds = [(TensorBase(torch.randn(3,32,32)), torch.tensor(i%3)) for i in range(2*steps)]
+    dls,opt = DataLoaders(DataLoader(ds, bs=2), DataLoader(ds[:4], bs=2)),fused_adamw if split else Adam
+    splitter,meter = (lambda m: list(layer_groups(m, n)(m))),Meter()
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=opt, splitter=splitter)
+    if split: learn.split(n)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, slice(1e-6, 1e-5), cbs=meter)
+    assert len(learn.opt.hypers)==n and split==any(isinstance(o, TrueFreeze) for o in learn.cbs)
+    return sum(statistics.median(o) for o in meter.secs)*1e6
+
+def bench_schedule(net, make, runs):
+    "One row: medians of `runs` fits each, in turn"
+    us = [[schedule_us(make(), split) for split in (False,True)] for _ in range(runs)]
+    stock,ours = map(statistics.median, zip(*us))
+    return dict(net=net, n_groups=40, fastai_us=round(stock, 1), ours_us=round(ours, 1), times=round(statistics.median(a/b for a,b in us), 2))
+
 def machine():
     "Where these figures were taken"
     cpu = next((o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
@@ -72,5 +115,7 @@ if __name__=='__main__':
         for n in (2, 'block'):
             rows.append(bench(arch, n, args.runs, args.steps))
             print(rows[-1]['arch'], rows[-1]['n_groups'], rows[-1]['ms'], f"{rows[-1]['speedup_vs_fastai']}x", rows[-1]['hypers_us'], flush=True)
+    schedule = [bench_schedule('40 small linear layers', Chain, args.runs), bench_schedule('resnet152', lambda: timm.create_model('resnet152', num_classes=4), args.runs)]
+    for o in schedule: print(o)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(dict(machine=machine(), runs=args.runs, steps=args.steps, rows=rows), indent=1)+'\n')
+    args.out.write_text(json.dumps(dict(machine=machine(), runs=args.runs, steps=args.steps, rows=rows, schedule=schedule), indent=1)+'\n')

