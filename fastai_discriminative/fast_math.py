@@ -8,14 +8,14 @@ Two switches change how fast the same network trains, and neither is right every
 # %% auto #0
 __all__ = ['FastMath']
 
-# %% ../nbs/07a_fast_math.ipynb #e69552a9
-import time
+# %% ../nbs/07a_fast_math.ipynb #d3607ca5
+import time,warnings
 from contextlib import contextmanager
 
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 
-from .learner import _Holding,_one_input,_same_random
+from .learner import _Holding,_one_input,_same_random,_tensors
 
 # %% ../nbs/07a_fast_math.ipynb #e706710d
 class FastMath(_Holding):
@@ -39,31 +39,27 @@ class FastMath(_Holding):
 def _label(channels_last, bf16): return f"{'channels last' if channels_last else 'channels first'}, {'bfloat16' if bf16 else '32 bits'}"
 def _to_format(model, channels_last): model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-# %% ../nbs/07a_fast_math.ipynb #500a2a19
+# %% ../nbs/07a_fast_math.ipynb #215aa9d7
 @patch
 def before_fit(self:FastMath): _to_format(self.model, self.channels_last)
 
 @patch
 def before_batch(self:FastMath):
-    self.release()
     if not self.bf16: return
-    def _wrap(forward):
-        def _forward(*args, **kwargs):
-            with self.autocast: return forward(*args, **kwargs)
-        return _forward
-    self.take_forward(self.model, _wrap)
+    def _forward(forward, *args, **kwargs):
+        with self.autocast: return forward(*args, **kwargs)
+    self.next_forward(self.model, _forward)
 
 @patch
 def after_pred(self:FastMath):
     if self.bf16: self.learn.pred = to_float(self.pred)
-    self.release()
 
-# %% ../nbs/07a_fast_math.ipynb #ece30894
+# %% ../nbs/07a_fast_math.ipynb #5f85b90e
 @contextmanager
 def _untouched(model):
     "Within, everything trains; buffers, gradients, flags, modes, memory format and random numbers are put back afterwards"
     last = any(p.ndim==4 and p.shape[1]>1 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in model.parameters())
-    bufs,modes = [(b, b.clone()) for b in model.buffers()],[(m, m.training) for m in model.modules()]
+    bufs,modes = [(m, k, b, b.clone()) for m in model.modules() for k,b in m._buffers.items() if b is not None],[(m, m.training) for m in model.modules()]
     ps = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for p,*_ in ps: p.requires_grad_(p.is_floating_point()).grad = None
@@ -74,7 +70,9 @@ def _untouched(model):
         for m,o in modes: m.training = o
         for p,r,g in ps: p.requires_grad_(r).grad = g
         with torch.no_grad():
-            for b,o in bufs: b.copy_(o)
+            for m,k,b,o in bufs:
+                b.copy_(o)
+                m._buffers[k] = b # a forward pass may have put another there
 
 def _step_ms(model, xb, channels_last, bf16, n=3):
     "Median milliseconds of a forward and a backward pass, after one to warm up"
@@ -84,13 +82,13 @@ def _step_ms(model, xb, channels_last, bf16, n=3):
         if device.type=='cuda': torch.cuda.synchronize()
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16): out = model(*xb)
-        sum(o.float().square().mean() for o in L(out) if isinstance(o, Tensor)).backward()
+        sum(o.float().square().mean() for o in _tensors(out)).backward()
         model.zero_grad()
         if device.type=='cuda': torch.cuda.synchronize()
         ts.append((time.perf_counter()-start)*1e3)
     return float(np.median(ts[1:]))
 
-# %% ../nbs/07a_fast_math.ipynb #e5cc2fd8
+# %% ../nbs/07a_fast_math.ipynb #cd3af9d1
 def _fastest(ms):
     "The quickest way, where channels last has to save a twentieth of the time and bfloat16 a fifth"
     return min(ms, key=lambda k: ms[k]*(1.05 if k[0] else 1)*(1.25 if k[1] else 1))
@@ -109,7 +107,16 @@ def to_fast(self:Learner,
     _to_format(self.model, best[0])
     return self.add_cb(FastMath(*best, ms)) if ms or any(best) else self
 
+# %% ../nbs/07a_fast_math.ipynb #c15fe850
+def _try_ms(model, xb, *k):
+    "`_step_ms`, or infinity, with a warning, where the model cannot run so"
+    try: return _step_ms(model, xb, *k)
+    except RuntimeError as e:
+        if not any(k): raise
+        warnings.warn(f"{type(model).__name__} cannot run in {_label(*k)}: {str(e).splitlines()[0][:200]}")
+        return math.inf
+
 def _measure(learn, tries):
     "Milliseconds of a step for each of `tries`"
     xb,bar = _one_input(learn),partial(progress_bar, leave=False) if hasattr(learn, 'progress') else noop
-    with _untouched(learn.model): return {k: _step_ms(learn.model, xb, *k) for k in bar(tries)}
+    with _untouched(learn.model): return {k: _try_ms(learn.model, xb, *k) for k in bar(tries)}

@@ -9,27 +9,28 @@ what may be kept, for any model and wherever the frozen part ends, and proves it
 # %% auto #0
 __all__ = ['FeatureError', 'NothingFrozen', 'FrozenPrefix', 'CachedFeatures']
 
-# %% ../nbs/07_features.ipynb #09381e3b
+# %% ../nbs/07_features.ipynb #7ec92b2a
 import inspect,pickle,shutil,tempfile,warnings,weakref,zlib
 from collections import Counter,namedtuple
-from contextlib import contextmanager,nullcontext
+from contextlib import closing,contextmanager,nullcontext
 from copy import copy
+from types import MethodType
 
 from fastai.basics import *
+from fastai.callback.mixup import MixHandler
+from fastai.vision.augment import RandTransform
 from fastprogress.fastprogress import progress_bar
 from torch.utils._pytree import tree_flatten,tree_unflatten
 
 from .registry import DiscriminativeError
 from .groups import _clean,_unwrap
-from .learner import TrueFreeze,_Holding,_is_split,_one_input,_same_random,_set_forward
+from .learner import TrueFreeze,_Holding,_base_dl,_is_split,_same_random,_set_forward,_tensors
 
 # %% ../nbs/07_features.ipynb #7a1660fa
 class FeatureError(DiscriminativeError, ValueError): "Features that cannot be kept: nothing is frozen, what is frozen still moves, or the model asks for more than its layers' results"
 class NothingFrozen(FeatureError): "No layer at the start of the model is frozen"
 
-# %% ../nbs/07_features.ipynb #0d22d985
-def _tensors(o): return [t for t in tree_flatten(o)[0] if isinstance(t, Tensor)]
-
+# %% ../nbs/07_features.ipynb #5342118d
 def _is_fixed(out):
     "Does `out`, what a module returned, depend on nothing that trains?"
     ts = _tensors(out)
@@ -47,8 +48,13 @@ def _draws(m, args):
     finally: m.eval()
     return _dice()!=before
 
-# %% ../nbs/07_features.ipynb #fc510a6c
-def _fixed_calls(model, xb):
+def _as_random(out):
+    "`out` with tensors that need a gradient, so that what is made of it counts as not fixed"
+    leaves,tree = tree_flatten(out)
+    return tree_unflatten([t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in leaves], tree)
+
+# %% ../nbs/07_features.ipynb #3bb126b1
+def _fixed_calls(model, xb, awake=()):
     "Outermost calls of modules that depend on nothing that trains, as `(module, how often it was called before, result)`, and the number of calls of each module"
     heard = {m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks}
     apart = {m for m in model.modules() if any(o in heard for o in m.modules() if o is not m)} if heard else set()
@@ -62,8 +68,10 @@ def _fixed_calls(model, xb):
         i,nth = starts.pop()
         if not _is_fixed(out) or m in apart: return
         paused.append(m)
-        if any(True for _ in m.parameters()) or not _draws(m, args): calls[i:] = [(m, nth, out)]
+        dice = m in awake and not any(True for _ in m.parameters()) and _draws(m, args)
         paused.clear()
+        if dice: return _as_random(out)
+        calls[i:] = [(m, nth, out)]
     hs = [h for m in model.modules() for h in (m.register_forward_pre_hook(_before), m.register_forward_hook(_after))]
     try:
         with torch.enable_grad(): model(*xb)
@@ -71,7 +79,7 @@ def _fixed_calls(model, xb):
         for h in hs: h.remove()
     return calls,n
 
-# %% ../nbs/07_features.ipynb #1a07beb4
+# %% ../nbs/07_features.ipynb #e3fddabb
 @contextmanager
 def _instead(fs):
     "Within, each module in `fs` calls the function there in place of its `forward`"
@@ -92,25 +100,36 @@ def _evaluating(model):
     finally:
         for m,o in modes: m.training = o
 
-# %% ../nbs/07_features.ipynb #b7d40d12
+@contextmanager
+def _rehearsing(model):
+    "Within, `model` runs in its own modes; buffers and random numbers are put back afterwards"
+    bufs = [(b, b.clone()) for b in model.buffers()]
+    try:
+        with _same_random(): yield
+    finally:
+        with torch.no_grad():
+            for b,o in bufs: b.copy_(o)
+
+# %% ../nbs/07_features.ipynb #14bbc9da
 class FrozenPrefix:
     "The part of `model` that depends on nothing that trains, and what the rest of the model uses of it; raises `FeatureError` if the two cannot be taken apart"
     def __init__(self,
-        model:nn.Module, # Any model, frozen as it is to be trained
+        model:nn.Module, # Any model, frozen and in the modes as it is to be trained
         xb:tuple # Its inputs, tensors, for a batch of a few samples
     ):
         self.model,self._blanks = _unwrap(model),{}
-        xb = [o[:3] for o in xb]
+        if not all(isinstance(o, Tensor) and o.ndim for o in xb): raise FeatureError("The model's inputs are not tensors with a row for each sample. Train without `CachedFeatures`.")
+        xb = [o[:4].as_subclass(Tensor) for o in xb]
+        awake,self.bs = {m for m in self.model.modules() if m.training},len(xb[0])
         with _evaluating(self.model):
-            calls,self.n_calls = _fixed_calls(self.model, xb)
+            calls,self.n_calls = _fixed_calls(self.model, xb, awake)
             self._check_frozen(calls)
-            self.bs = len(xb[0])
             self.inputs = self._spec(xb)
             self.specs = {(m,nth): self._spec(out) for m,nth,out in calls}
             self.modules = list(dict.fromkeys(m for m,*_ in calls))
             self.unseen = self._find_unseen()
             self.used = self._find_used(xb)
-            self._check_rest(xb)
+        self._rehearse(xb)
 
     @property
     def names(self)->list: # Of the outermost modules, in the order in which they run
@@ -160,7 +179,7 @@ def _stand_ins(self:FrozenPrefix, answer):
         raise FeatureError(f"The frozen {type(m).__name__} runs more often in training than in validation, so its results cannot be kept. Train without `CachedFeatures`.")
     return {m: partial(_f, m, m.forward) for m in (*self.modules, *self.unseen)}
 
-# %% ../nbs/07_features.ipynb #931475d4
+# %% ../nbs/07_features.ipynb #dbfda9d3
 @patch
 def _find_used(self:FrozenPrefix, xb):
     "Which inputs (`None` for the module) and results the model's output depends on, as `(module, call number, index)`"
@@ -174,8 +193,9 @@ def _find_used(self:FrozenPrefix, xb):
         ts,tree = tree_flatten(out)
         return tree_unflatten([_mark((m,nth,j), t) for j,t in enumerate(ts)], tree)
     with torch.enable_grad(), _instead(self._stand_ins(_answer)):
-        out = self.model(*[_mark((None,0,j), o) for j,o in enumerate(xb)])
-        grads = torch.autograd.grad(sum(t.sum() for t in _tensors(out) if t.requires_grad), list(marks.values()), allow_unused=True)
+        outs = [t for t in _tensors(self.model(*[_mark((None,0,j), o) for j,o in enumerate(xb)])) if t.requires_grad]
+        if not outs: raise FeatureError(f"{type(self.model).__name__} returns no tensors that gradients could come from. Train without `CachedFeatures`.")
+        grads = torch.autograd.grad(sum(t.sum() for t in outs), list(marks.values()), allow_unused=True)
     ints = [(None,0,j) for j,o in enumerate(xb) if not o.is_floating_point()] # a gradient cannot tell
     return ints + [k for (k,t),g in zip(marks.items(), grads) if g is not None and self._check_batch(k, t)]
 
@@ -225,27 +245,34 @@ def _blank(self:FrozenPrefix, o, bs):
     if k not in self._blanks: self._blanks[k] = torch.zeros(k[0], dtype=k[1], device=k[2])
     return self._blanks[k]
 
-# %% ../nbs/07_features.ipynb #19579aa7
+# %% ../nbs/07_features.ipynb #dc503539
 @patch
-def _check_rest(self:FrozenPrefix, xb):
-    some = [o[:max(1, self.bs-1)] for o in xb]
+def _rehearse(self:FrozenPrefix, xb):
+    "Add what training uses, and prove that `rest` is the rest"
+    train = self.bs>1 and self.model.training # batch norms refuse a single sample
+    if train:
+        with _rehearsing(self.model): used = self._find_used(xb)
+        self.used += [k for k in used if k not in self.used]
+    with _evaluating(self.model): self._check_rest(xb, 'validation')
+    if train:
+        with _rehearsing(self.model): self._check_rest(xb, 'training')
+
+@patch
+def _check_rest(self:FrozenPrefix, xb, mode):
+    some = [o[:max(1, self.bs-(self.bs>2))] for o in xb]
+    feats,state = self.features(*some),torch.get_rng_state()
     with torch.no_grad():
-        feats,want = self.features(*some),_tensors(self.model(*some))
+        want = _tensors(self.model(*some))
         self.model(*[o.roll(1, -1) for o in xb])
+        torch.set_rng_state(state)
         got = _tensors(self.rest(*feats))
-    if all(torch.allclose(a, b, rtol=1e-3, atol=1e-4*max(1., b.abs().max().item())) for a,b in zip(got, want)): return
-    raise FeatureError(f"From kept features this {type(self.model).__name__} gives other results: it uses something of its frozen part that no layer returned. "
-        "Freeze up to another group, or train without `CachedFeatures`.")
+    right = all(len(f)==len(some[0]) for f in feats) and len(got)==len(want)
+    if right and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4*max(1., b.abs().max().item())) for a,b in zip(got, want)): return
+    raise FeatureError(f"In {mode} this {type(self.model).__name__} gives other results from kept features than from its inputs: its frozen part is random, or still moves, or gives more than "
+        "its layers return. Freeze up to another group, split with a `train_norm` that is not True, or train without `CachedFeatures`.")
 
-# %% ../nbs/07_features.ipynb #95851036
+# %% ../nbs/07_features.ipynb #30aeeced
 def _crc(t): return zlib.crc32(t.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
-
-@patch
-def weights_key(self:FrozenPrefix)->tuple: # Comparable
-    "Changes with any frozen weight or buffer, and with what is frozen"
-    ps = [(n,p) for n,p in self.model.named_parameters() if not p.requires_grad]
-    bs = {n:b for m,name in zip(self.modules, self.names) for n,b in m.named_buffers(prefix=name)}
-    return tuple((n,_crc(t)) for n,t in [*ps, *bs.items()])
 
 class _CrcFile:
     "A file that keeps nothing of what is written but a checksum"
@@ -257,42 +284,52 @@ class _Same:
     def __init__(self, o): self.o = o
     def __eq__(self, other): return isinstance(other, _Same) and self.o is other.o
 
-# %% ../nbs/07_features.ipynb #756f23eb
+# %% ../nbs/07_features.ipynb #7fababa5
+def _model_key(model, prefix):
+    "Changes with the modules of `model`, with what of it is frozen, and with the values of that and of the buffers in `prefix`"
+    ps = [(n, _crc(p)) for n,p in model.named_parameters() if not p.requires_grad]
+    return [_Same(m) for m in model.modules()],ps,[_crc(b) for m in prefix.modules for b in m.buffers()]
+
+# %% ../nbs/07_features.ipynb #1fda37ec
 def _settings(o):
-    "What tells transforms apart: the object, and its attributes named like arguments of its class (others may change with each image)"
+    "What tells transforms apart"
     if isinstance(o, Pipeline): return tuple(map(_settings, o.fs))
     if isinstance(o, Tensor): return tuple(o.shape),_crc(o)
     if isinstance(o, (list,tuple,L)): return tuple(map(_settings, o))
     if isinstance(o, (str,int,float,bool,type(None))): return o
-    names = [k for k in inspect.signature(type(o)).parameters if k in vars(o)] if isinstance(o, Transform) else []
+    if isinstance(o, MethodType): return o
+    if not isinstance(o, Transform): return _Same(o)
+    names = [k for k in (inspect.signature(type(o)).parameters if isinstance(o, RandTransform) else vars(o)) if k in vars(o) and k!='split_idx']
     return _Same(o),tuple((k, _settings(getattr(o, k))) for k in names)
 
-def _files(items):
-    "Name, time of change and size of each file"
-    return [(str(o), st.st_mtime_ns, st.st_size) for o in items for st in [os.stat(o)]]
-
-def _data_key(dl):
-    "Changes with the items of `dl`, and where they are files with these"
-    ds,n = dl.dataset,len(dl.dataset)
-    items = ds.tls[0].items if hasattr(ds, 'tls') else getattr(ds, 'tensors', getattr(ds, 'items', ds))
-    try: what = _files(items) if n and isinstance(items[0], (str,Path)) else tuple(map(_crc, items)) if n and isinstance(items[0], Tensor) else items
-    except (OSError,TypeError): what = items
-    f = _CrcFile()
-    try: pickle.Pickler(f).dump(what)
-    except Exception: return _Same(ds),n
-    return _Same(ds),n,f.crc
-
-# %% ../nbs/07_features.ipynb #38449747
 def _tfms_key(dl):
     "Changes with the transforms of `dl`"
     own,tls = [getattr(dl, n, None) for n in ('after_item','before_batch','after_batch')],getattr(dl.dataset, 'tls', [])
     return tuple(map(_settings, [*own, *[getattr(o, 'tfms', None) for o in tls]]))
 
-# %% ../nbs/07_features.ipynb #9c99779d
+# %% ../nbs/07_features.ipynb #24c68730
+def _file_key(o):
+    "Time of change and size of the file `o`, or of those in it"
+    if isinstance(o, (list,tuple)): return tuple(map(_file_key, o))
+    if not isinstance(o, (str,Path)): return None
+    try: st = os.stat(o)
+    except (OSError,ValueError): return None
+    return st.st_mtime_ns,st.st_size
+
+def _data_key(dl):
+    "Changes with the items of `dl`, and where they name files with these"
+    ds,f = dl.dataset,_CrcFile()
+    items = ds.tls[0].items if hasattr(ds, 'tls') else getattr(ds, 'tensors', getattr(ds, 'items', ds))
+    rows = items if isinstance(items, (list,tuple,L)) else []
+    try: pickle.Pickler(f).dump(tuple(map(_crc, rows)) if rows and isinstance(rows[0], Tensor) else (items, list(map(_file_key, rows))))
+    except Exception: f.crc = None
+    return _Same(ds),len(ds),f.crc
+
+# %% ../nbs/07_features.ipynb #561f1b7c
 class _Rows:
     "Features and targets, a row for each item and view, in memory or in files of `folder`"
     def __init__(self, n, n_views, feats, targs, folder=None):
-        self.n,self.n_views,self.n_feats,self.n_targs,self.folder = n,n_views,len(feats),len(targs),folder
+        self.n,self.n_views,self.n_feats,self.n_targs,self.folder,self.prefix,self.key = n,n_views,len(feats),len(targs),folder,None,None
         leaves,self.tree = tree_flatten(targs)
         self.types = [Tensor]*len(feats) + [type(t) for t in leaves] # plain features: fastai's subclasses cost more than a head's layers
         self.parts = [self._new(i, (n*n_views, *t.shape[1:]), t.dtype) for i,t in enumerate((*feats, *leaves))]
@@ -317,7 +354,7 @@ class _Rows:
 
 def _row_bytes(feats, targs): return sum(t.element_size()*math.prod(t.shape[1:]) for t in _tensors((feats,targs)))
 
-# %% ../nbs/07_features.ipynb #e0728e16
+# %% ../nbs/07_features.ipynb #9b7765e4
 def _copy_dl(dl, /, **attrs):
     "A copy of `dl` with `attrs` in place of its own"
     res,fake = copy(dl),copy(dl.fake_l)
@@ -327,7 +364,7 @@ def _copy_dl(dl, /, **attrs):
 
 def _cached_dl(dl, rows, views, pack):
     "`dl`, with rows of `rows` for items, and batches made by `pack` of features and targets"
-    if isinstance(getattr(dl, 'dl', None), DataLoader): res = _copy_dl(dl, dl=_cached_dl(dl.dl, rows, views, pack)) # one process's share
+    if _base_dl(dl) is not dl: res = _copy_dl(dl, dl=_cached_dl(dl.dl, rows, views, pack)) # one process's share
     else:
         def _batches(samps): return (pack(*rows.get(o, views)) for o in chunked(list(samps), dl.bs, dl.drop_last))
         def _randomize():
@@ -337,12 +374,10 @@ def _cached_dl(dl, rows, views, pack):
     res.fake_l.num_workers = 0
     return res
 
-# %% ../nbs/07_features.ipynb #9e09bf2b
+# %% ../nbs/07_features.ipynb #2885b736
 def _all_rows_dl(dl, idxs):
     "`dl`, once through the items `idxs` in this order"
     return _copy_dl(dl, get_idxs=partial(list, idxs), randomize=noop, drop_last=False, n=len(idxs))
-
-def _base_dl(dl): return dl.dl if isinstance(getattr(dl, 'dl', None), DataLoader) else dl
 
 @contextmanager
 def _split_idx(ds, i):
@@ -351,23 +386,23 @@ def _split_idx(ds, i):
     else:
         with ds.set_split_idx(i): yield
 
-# %% ../nbs/07_features.ipynb #e41a1d5e
+# %% ../nbs/07_features.ipynb #ab6d127b
 class CachedFeatures(_Holding):
-    "Train on the frozen layers' results, computed once; raises `FeatureError` if nothing is frozen or what is frozen still moves"
+    "Train on the frozen layers' results, computed once; raises `FeatureError` if they cannot be kept, and warns where nothing is frozen"
     order = 12 # after `TrueFreeze`, mixed precision and `DistributedTrainer`, before `Recorder`
     def __init__(self,
-        n_views:int=0, # Augmented views of each training image, of which each epoch draws one; 0 for the image without augmentation
+        n_views:int=0, # Augmented views of each training image, of which each epoch draws one; 0 for the image as in validation
         ram_gb:float=2., # Keep up to so many gigabytes (1e9 bytes) in memory, and what is more in files
         folder:str|Path|None=None # Where files go; `None` for the system's temporary folder
     ):
         if not isinstance(n_views, int) or n_views<0: raise FeatureError(f"n_views={n_views!r} is not a number of views: 0, 1, 2 ...")
         if folder is not None and not Path(folder).is_dir(): raise FeatureError(f"The folder {str(folder)!r} does not exist.")
-        store_attr()
+        self.n_views,self.ram_gb,self.folder = n_views,ram_gb,folder
         self._reset()
 
-    def _reset(self): self.rows,self.prefix,self.tmp,self.now,self.live,self.off,self.views = {},None,None,None,False,False,torch.Generator()
+    def _reset(self): self.rows,self._tmp,self._on,self._held,self._views = {},None,None,None,torch.Generator()
 
-    def __getstate__(self): return {k:v for k,v in vars(self).items() if k not in ('rows','prefix','tmp','now','live','off','views','taken','weights','frozen')}
+    def __getstate__(self): return {k:v for k,v in vars(self).items() if k=='learn' or k in ('n_views','ram_gb','folder')}
     def __setstate__(self, d):
         vars(self).update(d)
         self._reset()
@@ -375,76 +410,85 @@ class CachedFeatures(_Holding):
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
     def __repr__(self):
-        n = sum(r.n*r.n_views for _,r in self.rows.values())
-        return f"CachedFeatures({n} rows, {self.nbytes/1e6:.1f} MB{' in files' if self.tmp else ''}; frozen: {', '.join(self.prefix.names) if self.prefix else 'not looked at yet'})"
+        n,names = sum(r.n*r.n_views for r in self.rows.values()),next((r.prefix.names for r in self.rows.values()), ['not looked at yet'])
+        return f"CachedFeatures({n} rows, {self.nbytes/1e6:.1f} MB{' in files' if self._tmp else ''}; frozen: {', '.join(names)})"
 
-# %% ../nbs/07_features.ipynb #6bd80fe7
+# %% ../nbs/07_features.ipynb #d2bd1b20
 @patch(as_prop=True)
 def nbytes(self:CachedFeatures)->int: # Bytes
     "Size of all rows"
-    return sum(t.nbytes for _,r in self.rows.values() for t in r.parts)
+    return sum(t.nbytes for r in self.rows.values() for t in r.parts)
 
 @patch
 def close(self:CachedFeatures):
     "Forget all features and delete their files; the next fit computes them anew"
     self.release()
-    if self.tmp: self.tmp[1]()
+    if self._tmp: self._tmp[1]()
     self._reset()
 
 @patch
 def _folder(self:CachedFeatures):
     "A folder for files, which goes when `self` does"
-    if not self.tmp:
+    if not self._tmp:
         path = Path(tempfile.mkdtemp(prefix='fastai_discriminative-features-', dir=self.folder))
-        self.tmp = path,weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
-    return Path(tempfile.mkdtemp(dir=self.tmp[0]))
+        self._tmp = path,weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=self._tmp[0]))
 
-# %% ../nbs/07_features.ipynb #8a2b3bea
+# %% ../nbs/07_features.ipynb #43f43e13
+def _check_loader(dl):
+    "Raise `FeatureError` if the items of `dl` cannot be told apart by a number"
+    if not isinstance(dl, DataLoader): raise FeatureError(f"Features are kept by fastai's `DataLoader`, not by {type(dl).__module__}.{type(dl).__name__}. Train without `CachedFeatures`.")
+    if dl.prebatched or not dl.indexed or type(dl).create_item is not DataLoader.create_item: raise FeatureError(
+        f"Features are kept by item, but this {type(dl).__name__} makes batches or items of its own. Train without `CachedFeatures`.")
+
 @patch
-def _find(self:CachedFeatures):
-    "The prefix of the learner's model, checked"
+def _prefix(self:CachedFeatures, xb):
+    "The frozen prefix of the learner's model for inputs `xb`"
     if not _is_split(self.learn): raise FeatureError("`CachedFeatures` needs layer groups and a freeze that freezes. Call `learn.split()` first.")
     self.model.train()
     for cb in self.learn.cbs:
         if isinstance(cb, TrueFreeze): cb.hold()
-    prefix = FrozenPrefix(self.model, _one_input(self.learn))
-    inside = [(_clean(n),m) for o,name in zip(prefix.modules, prefix.names) for n,m in o.named_modules(prefix=name) if m.training]
-    moving = [n for n,m in inside if any(k.startswith('running_') and b is not None for k,b in m._buffers.items())]
+    norms = [(_clean(n),m) for n,m in self.model.named_modules() if m.training and any(k.startswith('running_') and b is not None for k,b in m._buffers.items())]
+    moving = [n for n,m in norms if m._parameters and not any(p.requires_grad for p in m.parameters())]
     if moving: raise FeatureError(f"The running statistics of frozen norm layers still move: {_list_some(moving)}. "
         f"Split the learner with `train_norm='group'`, 'affine' or False in place of {self.learn.true_freeze.train_norm}.")
-    drops = [n for n,m in inside if 'Drop' in type(m).__name__ and (getattr(m, 'p', 0) or getattr(m, 'drop_prob', 0))]
-    if drops: warnings.warn(f"Dropout in frozen layers is off in cached features: {_list_some(drops)}.")
-    return prefix
+    return FrozenPrefix(self.model, xb)
 
-# %% ../nbs/07_features.ipynb #e2c148e8
-@patch
-def _key(self:CachedFeatures, i, dl, data=True):
-    "What the rows of loader `i` depend on"
-    return [self.weights, _tfms_key(dl), self.n_views if i==0 else 0, self._autocast()[0], *([_data_key(dl)] if data else [])]
-
+# %% ../nbs/07_features.ipynb #8e193163
 @patch
 def _autocast(self:CachedFeatures):
     "dtype of mixed precision, and a context for it"
-    cb = next((o for o in self.learn.cbs if getattr(o, 'autocast', None) is not None), None)
-    return (None,nullcontext()) if cb is None else (str(cb.autocast.fast_dtype),cb.autocast)
+    cbs = [o for o in self.learn.cbs if 'autocast' in vars(o) or hasattr(type(o), 'autocast')]
+    ctx = next((o.autocast for o in cbs if o.autocast is not None), None)
+    return (None,nullcontext()) if ctx is None else (str(ctx.fast_dtype),ctx)
 
 @patch
-def _ensure(self:CachedFeatures, i, dl, data=True):
-    "Rows of loader `i`, made anew if there are none or if anything has changed"
-    key = self._key(i, dl, data)
-    if i in self.rows and self.rows[i][0][:len(key)]==key: return self.rows[i][1]
-    old = self.rows.pop(i, None)
-    if old and old[1].folder: shutil.rmtree(old[1].folder, ignore_errors=True)
-    rows = self._build(i, dl)
-    if rows: self.rows[i] = self._key(i, dl),rows
-    return rows
+def _key(self:CachedFeatures, i, dl, prefix):
+    "What the rows of loader `i` depend on"
+    return [_model_key(_unwrap(self.model), prefix), _tfms_key(dl), _data_key(dl), self.n_views if i==0 else 0, self._autocast()[0]]
 
-# %% ../nbs/07_features.ipynb #cd473370
+@patch
+def _ensure(self:CachedFeatures, i, dl):
+    "Rows of loader `i` are there, and made anew if anything has changed"
+    rows = self.rows.get(i)
+    if rows is not None and rows.key==self._key(i, dl, rows.prefix): return
+    if rows is not None and rows.folder: shutil.rmtree(rows.folder, ignore_errors=True)
+    self.rows.pop(i, None)
+    _check_loader(dl)
+    rows = self._build(i, dl)
+    if rows is None: return
+    rows.key,self.rows[i] = self._key(i, dl, rows.prefix),rows
+
+# %% ../nbs/07_features.ipynb #262acb97
+def _share_of(n):
+    "Indices that this process computes, and the number of processes that do"
+    world = num_distrib() if 1<num_distrib()<=n else 1
+    return list(range(rank_distrib() if world>1 else 0, n, world)),world
+
 @patch
 def _batches(self:CachedFeatures, i, dl):
-    "Batches of all items, in order and in each view, as `(rows, inputs, targets)`; each process makes a share"
-    n,k,world = len(dl.dataset),max(1, self.n_views) if i==0 else 1,max(1, num_distrib())
-    idxs = list(range(rank_distrib() if world>1 else 0, n, world))
+    "Batches of this process's items, in order and in each view, as `(rows, inputs, targets)`"
+    n,k,(idxs,_) = len(dl.dataset),self._n_views(i),_share_of(len(dl.dataset))
     with _split_idx(dl.dataset, 0 if self.n_views and i==0 else 1 if i==0 else None):
         for v in range(k):
             at = 0
@@ -456,7 +500,10 @@ def _batches(self:CachedFeatures, i, dl):
                 at += bs
             if at!=len(idxs): raise FeatureError(f"The data gave {at} of {len(idxs)} items. Remove the items that are skipped, or train without `CachedFeatures`.")
 
-# %% ../nbs/07_features.ipynb #d2606245
+@patch
+def _n_views(self:CachedFeatures, i): return max(1, self.n_views) if i==0 else 1
+
+# %% ../nbs/07_features.ipynb #fdb4b50f
 @patch
 def _bar(self:CachedFeatures, batches, total):
     "A progress bar, unless the learner has none"
@@ -468,17 +515,19 @@ def _bar(self:CachedFeatures, batches, total):
 @patch
 def _build(self:CachedFeatures, i, dl):
     "Rows for all items of `dl`; `None`, with a warning, if they do not fit"
-    if dl.prebatched or not dl.indexed: raise FeatureError("Features are kept by item, but this loader has batches ready or no indices. Train without `CachedFeatures`.")
-    rows,k = None,max(1, self.n_views) if i==0 else 1
-    with _same_random(), self._autocast()[1]:
-        for at,xb,yb in self._bar(self._batches(i, dl), k*math.ceil(len(dl.dataset)/dl.bs/max(1, num_distrib()))):
-            feats = self.prefix.features(*xb)
+    rows,k,(idxs,world) = None,self._n_views(i),_share_of(len(dl.dataset))
+    with _same_random(), self._autocast()[1], closing(self._batches(i, dl)) as batches:
+        for at,xb,yb in self._bar(batches, k*math.ceil(len(idxs)/dl.bs)):
+            if rows is None: prefix = self._prefix(xb)
+            feats = prefix.features(*xb)
             if rows is None: rows = self._alloc(len(dl.dataset), k, feats, yb)
-            if rows is None: return
+            if rows is None: break
             rows.put(at, feats, yb)
-    return self._share(rows)
+    if not _all_agree(rows is not None): return
+    rows.prefix = prefix
+    return self._share(rows, world)
 
-# %% ../nbs/07_features.ipynb #012c9f4f
+# %% ../nbs/07_features.ipynb #d3ad2719
 @patch
 def _alloc(self:CachedFeatures, n, k, feats, targs):
     "A table for `n` items in `k` views, in memory or in files; `None`, with a warning, if the disk is too small"
@@ -491,11 +540,17 @@ def _alloc(self:CachedFeatures, n, k, feats, targs):
     warnings.warn(f"The features need {need/1e9:.1f} GB, and {folder.parent.parent} has {max(0, free)/1e9:.1f} GB to spare: training goes on without them. "
         "Freeze more layers, use fewer views or smaller images, or name another `folder`.")
 
+def _all_agree(ok):
+    "Is `ok` true in all processes?"
+    if num_distrib()<2: return ok
+    t = torch.tensor([ok], dtype=torch.int, device=default_device() if torch.distributed.get_backend()=='nccl' else 'cpu')
+    torch.distributed.all_reduce(t, torch.distributed.ReduceOp.MIN)
+    return bool(t)
+
 @patch
-def _share(self:CachedFeatures, rows):
+def _share(self:CachedFeatures, rows, world, n=256):
     "Give every process the rows that each of them made, some at a time"
-    world,n = num_distrib(),256
-    for r in range(world):
+    for r in range(world if world>1 else 0):
         for p in rows.parts:
             for v in range(rows.n_views):
                 for at in range(v*rows.n+r, (v+1)*rows.n, n*world):
@@ -505,66 +560,65 @@ def _share(self:CachedFeatures, rows):
                     p[own] = some.to(p.device)
     return rows
 
-# %% ../nbs/07_features.ipynb #ed73d646
+# %% ../nbs/07_features.ipynb #0774b08b
 @patch
-def _look(self:CachedFeatures, data):
-    "Find the frozen part anew, and make what rows are missing"
-    frozen = [(n,p.requires_grad) for n,p in _unwrap(self.model).named_parameters()]
-    if self.prefix is None or self.prefix.model is not _unwrap(self.model) or self.frozen!=frozen: self.prefix,self.frozen = self._find(),frozen
-    self.at,self.weights = self.opt.frozen_idx,self.prefix.weights_key()
+def _look(self:CachedFeatures):
+    "Make what rows are missing or wrong"
+    self._at = self.opt.frozen_idx
     for i,dl in enumerate(self.dls.loaders[:2]):
-        if len(dl): self._ensure(i, _base_dl(dl), data)
+        if len(dl): self._ensure(i, _base_dl(dl))
 
-# %% ../nbs/07_features.ipynb #5eed5f32
-@patch
-def _enter(self:CachedFeatures):
-    "Let the model take features when they are announced"
-    m = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
-    def _wrap(forward):
-        def _forward(*args, **kwargs):
-            if not self.live: return forward(*args, **kwargs)
-            self.live = False
-            return self.prefix.rest(*args)
-        return _forward
-    self.take_forward(m, _wrap)
-
-@patch
-def release(self:CachedFeatures):
-    "Give the model its own forward pass back; called when a fit is over, however it ended"
-    super(CachedFeatures, self).release()
-    self.now,self.live,self.off = None,False,False
-
-# %% ../nbs/07_features.ipynb #63928123
 @patch
 def before_train(self:CachedFeatures):
-    if self.off: return
-    first = self.taken is None
-    try: self._look(first)
+    if self._on is False: return
+    try: self._look()
     except FeatureError as e:
-        if first and not isinstance(e, NothingFrozen): raise
+        if self._on is None and not isinstance(e, NothingFrozen): raise
         self.release()
-        self.off = True
+        self._on = False
         return warnings.warn(f"Training goes on without cached features. {e}")
-    if first: self._enter()
+    self._on = True
     self._exchange(0)
 
 @patch
 def before_validate(self:CachedFeatures):
-    if self.taken is not None: self._exchange(1)
+    if self._on: self._exchange(1)
 
-# %% ../nbs/07_features.ipynb #9cb49f5d
+# %% ../nbs/07_features.ipynb #aac51bb4
 @patch
 def _exchange(self:CachedFeatures, i):
     "Let the learner's loader hand out rows, if it is loader `i` of the fit"
-    dl = self.learn.dl
-    if i not in self.rows or _base_dl(dl) is not _base_dl(self.dls.loaders[i]): return
-    rows = self.rows[i][1]
-    self.flat = rows.n_feats==getattr(self.dls, 'n_inp', 1 if rows.n_targs==1 else None) # the learner splits batches itself
-    self.learn.dl = self.now = _cached_dl(dl, rows, self.views, (lambda xs, ys: (*xs, *ys)) if self.flat else (lambda xs, ys: (xs, ys)))
+    dl,rows = self.learn.dl,self.rows.get(i)
+    if rows is None or _base_dl(dl) is not _base_dl(self.dls.loaders[i]): return
+    flat = rows.n_feats==getattr(self.dls, 'n_inp', 1 if rows.n_targs==1 else None) # the learner splits the batch itself
+    def _pack(xs, ys):
+        self._held = self._held[:4]+(xs[0],)
+        return (*xs, *ys) if flat else (xs,ys)
+    self.learn.dl = _cached_dl(dl, rows, self._views, _pack)
+    self._held = self.learn,self.learn.dl,rows.prefix,flat
 
+# %% ../nbs/07_features.ipynb #6a2fad22
 @patch
 def before_batch(self:CachedFeatures):
-    if self.now is None or self.learn.dl is not self.now: return
-    if self.opt.frozen_idx!=self.at: raise FeatureError("Layers were frozen or unfrozen within an epoch on cached features. Do so between epochs, in `before_epoch` or `after_epoch`.")
-    if not self.flat: self.learn.xb,self.learn.yb = (*self.xb, *self.yb)
-    self.live = True
+    if self._held is None or self.learn.dl is not self._held[1]: return
+    *_,prefix,flat,first = self._held
+    if self.opt.frozen_idx!=self._at: raise FeatureError("Layers were frozen or unfrozen within an epoch on cached features. Do so between epochs, in `before_epoch` or `after_epoch`.")
+    if not flat: self.learn.xb,self.learn.yb = (*self.xb, *self.yb)
+    self._check_batch(first)
+    m = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+    self.next_forward(m, lambda forward, *args, **kwargs: prefix.rest(*args))
+
+@patch
+def _check_batch(self:CachedFeatures, first):
+    "Raise `FeatureError` if a callback other than `MixHandler` has changed the batch"
+    x = self.xb[0]
+    if x.device!=first.device or x.data_ptr()==first.data_ptr() or any(isinstance(o, MixHandler) for o in self.learn.cbs): return
+    names = [type(o).__name__ for o in self.learn.cbs.sorted('order') if o.order<self.order and 'before_batch' in dir(type(o))]
+    raise FeatureError(f"One of the callbacks {', '.join(names)} has changed the batch, which holds features and not images now. Let the data's transforms do that, or train without `CachedFeatures`.")
+
+@patch
+def release(self:CachedFeatures):
+    "Let go of the learner; called when a fit is over, however it ended"
+    super(CachedFeatures, self).release()
+    if self._held and self._held[0].dl is self._held[1]: self._held[0].dl = None
+    self._held,self._on = None,None

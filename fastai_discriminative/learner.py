@@ -12,7 +12,7 @@ __all__ = ['TrueFreeze', 'LearnerGroups', 'discriminative_learner']
 # %% ../nbs/06_learner.ipynb #df5f378a
 import inspect,math,random,warnings
 from bisect import bisect
-from contextlib import contextmanager,nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from unittest.mock import patch as _mock_patch
@@ -26,6 +26,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import TimmBody,_add_norm,_default_meta,_timm_norm,_update_first_layer,add_head,model_meta,vision_learner
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_flatten
 
 from .registry import *
 from .registry import _arch_of,_near,_split_arch
@@ -62,13 +63,20 @@ def _group_of(name, where):
 
 # %% ../nbs/06_learner.ipynb #aaf1a573
 def _asleep(model, cold):
-    "Outermost modules all of whose parameters are among the names `cold`"
+    "Outermost modules all of whose parameters are among the names `cold`, and those without any that stand before such a one"
     def _walk(name, m):
         ps = [_clean(n) for n,_ in m.named_parameters(prefix=name)]
-        if ps and cold.issuperset(ps): yield m
-        else:
-            for n,c in m.named_children(): yield from _walk(f'{name}.{n}' if name else n, c)
-    return list(_walk('', model)) if cold else []
+        if ps and cold.issuperset(ps): return [m]
+        res,bare = [],[]
+        for n,c in m.named_children():
+            n = f'{name}.{n}' if name else n
+            first = next((_clean(k) for k,_ in c.named_parameters(prefix=n)), None)
+            if first is None: bare.append(c)
+            else:
+                res += (bare if first in cold else []) + _walk(n, c)
+                bare = []
+        return res
+    return _walk('', model)
 
 # %% ../nbs/06_learner.ipynb #ee5ad5f3
 def _frozen_idx(opt):
@@ -78,24 +86,36 @@ def _frozen_idx(opt):
     return max(opt.frozen_idx, next((i for i,ps in enumerate(lists) if not ps or not all(map(_still, ps))), len(lists)))
 
 # %% ../nbs/06_learner.ipynb #e5d5042e
+def _tensors(o): return [t for t in tree_flatten(o)[0] if isinstance(t, Tensor)]
+
 def _set_forward(m, f):
     "Let module `m` call `f` for its `forward`; its class's own if `None`"
     if f is None: m.__dict__.pop('forward', None)
     else: m.__dict__['forward'] = f
 
 class _Holding(Callback):
-    "A callback that changes the model while a fit goes on; `release` undoes it, and is called when the fit is over, however it ended"
-    taken = None
-    def take_forward(self, m, wrap):
-        "Let module `m` call `wrap(forward)` in place of its `forward`"
-        self.taken = m,m.__dict__.get('forward')
-        _set_forward(m, wrap(m.forward))
+    "A callback that holds something of a learner while a fit goes on; `release` lets go, and is called when the fit is over, however it ended"
+    _taken = None
+    def next_forward(self, m, f):
+        "Let the next call of module `m`, and no other, be `f(forward, ...)`"
+        self.let_go()
+        forward = m.forward
+        def _forward(*args, **kwargs):
+            mine = self.let_go()
+            return f(forward, *args, **kwargs) if mine else forward(*args, **kwargs)
+        self._taken = m,m.__dict__.get('forward'),_forward
+        _set_forward(m, _forward)
 
-    def release(self):
-        if self.taken is None: return
-        old,self.taken = self.taken,None
-        _set_forward(*old)
+    def let_go(self):
+        "Give the module its `forward` back; was there one to give?"
+        if self._taken is None: return False
+        (m,old,f),self._taken = self._taken,None
+        if m.__dict__.get('forward') is f: _set_forward(m, old)
+        return True
 
+    def release(self): self.let_go()
+
+# %% ../nbs/06_learner.ipynb #321e0671
 class TrueFreeze(_Holding):
     "Keep frozen groups exactly as they are; added by `Learner.split`"
     order = 5 # after `TrainEvalCallback`, which puts the whole model into train mode
@@ -120,7 +140,7 @@ def hold(self:TrueFreeze):
     self.at = self.opt.frozen_idx = _frozen_idx(self.opt)
     norms = [(m, _group_of(n, where)) for n,m in _norms(self.model)] if self.train_norm is not True else []
     body = max(self.at, len(groups)-groups[-1].is_head)
-    asleep = _asleep(self.model, {n for n,i in where.items() if i<self.at}) if self.train_norm is not True else []
+    asleep = _asleep(self.model, {n for n,i in where.items() if i<self.at}) if self.train_norm is not True and self.at else []
     self.still = asleep + [m for m,i in norms if i<(self.at if self.train_norm=='group' else body)]
     self.off = [p for m,i in norms if i<(body if self.train_norm is False else self.at) for p in m.parameters() if p.requires_grad]
     for p in self.off: p.requires_grad_(False)
@@ -161,17 +181,20 @@ def _same_random():
     "Leave the random numbers of torch, numpy and Python as they were"
     py,npr = random.getstate(),np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]): yield
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []): yield
     finally:
         random.setstate(py)
         np.random.set_state(npr)
+
+def _base_dl(dl):
+    "The loader of which `dl` is one process's share, or `dl` itself"
+    return dl.dl if isinstance(vars(dl).get('dl'), DataLoader) else dl
 
 def _one_input(learn):
     "The inputs of one validation batch, on the model's device, to trace an unknown model with"
     dls = learn.dls
     dl = dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False, drop_last=False, num_workers=0)
-    dl = getattr(dl, 'dl', dl) # one process's share of a loader
-    with _same_random(): b = learn._set_device(dl.one_batch())
+    with _same_random(): b = learn._set_device(_base_dl(dl).one_batch())
     n = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     return tuple(o.as_subclass(Tensor) if isinstance(o, TensorBase) else o for o in b[:n])
 
@@ -295,7 +318,12 @@ class _Recorder(Recorder):
         self.losses.append(learn.smooth_loss)
 
 # %% ../nbs/06_learner.ipynb #965d4679
-def _light_schedules(): return _mock_patch.multiple(schedule, combine_scheds=_combine_scheds, ParamScheduler=_ParamScheduler)
+_stock_schedules = {}
+def _light_schedules(on):
+    "Let fastai's fits make our schedules, or its own again"
+    ours = dict(combine_scheds=_combine_scheds, ParamScheduler=_ParamScheduler)
+    if on and schedule.ParamScheduler is not _ParamScheduler: _stock_schedules.update({k:getattr(schedule, k) for k in ours})
+    for k,v in (ours if on else _stock_schedules).items(): setattr(schedule, k, v)
 
 def _light_recorder(learn):
     "Exchange fastai's own recorder in `learn` for ours, with all it holds"
@@ -304,7 +332,9 @@ def _light_recorder(learn):
     new = _Recorder(beta=old.smooth_loss.beta)
     vars(new).update({k:v for k,v in vars(old).items() if k!='smooth_loss'})
     new.smooth_loss = _SmoothLoss(old.smooth_loss.beta)
+    i = list(learn.cbs).index(old)
     learn.remove_cb(old).add_cb(new)
+    learn.cbs.insert(i, learn.cbs.pop())
 
 # %% ../nbs/06_learner.ipynb #afa84d8f
 def _is_split(learn): return isinstance(getattr(learn, 'splitter', None), Splitter)
@@ -348,9 +378,12 @@ def _takes_preset(name, arg):
         if arg in b.arguments: b.arguments[arg] = _resolve_lr(self, b.arguments[arg], cbs)
         elif not any(isinstance(o, ParamScheduler) for o in L(cbs)): _resolve_lr(self, None)
         try:
-            with _light_schedules() if _is_split(self) else nullcontext(): return f(*b.args, **b.kwargs)
+            _light_schedules(_is_split(self) and name!='fit') # they are made before the others call `fit`
+            return f(*b.args, **b.kwargs)
         finally:
-            for cb in sorted([o for o in [*self.cbs, *cbs] if isinstance(o, _Holding)], key=lambda o: -o.order): cb.release() # the last to come goes first
+            _light_schedules(False)
+            for cb in [*self.cbs, *cbs]:
+                if isinstance(cb, _Holding): cb.release()
     _f._stock = f
     setattr(Learner, name, _f)
 

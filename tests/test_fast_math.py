@@ -1,5 +1,5 @@
 "`to_fast`: chooses by measurement, changes nothing else, and goes back"
-import copy,warnings
+import copy
 
 import numpy as np,pytest,torch
 from torch import nn
@@ -33,9 +33,12 @@ def learn():
 def state(learn): return {n:o.detach().clone() for n,o in learn.model.state_dict().items()}
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
-@pytest.mark.parametrize('ms,best', [({(False,False):100, (True,False):50, (False,True):90, (True,True):49}, (True,False)), ({(False,False):100, (True,False):97, (False,True):85, (True,True):84}, (False,False)),
-    ({(False,False):100, (True,False):80, (False,True):60, (True,True):40}, (True,True)), ({(False,False):100, (False,True):70}, (False,True))])
-def test_precision_has_to_earn_its_place(ms, best): assert fast_math._fastest(ms)==best
+ways = (False,False),(True,False),(False,True),(True,True)
+
+costs = {(100,50,90,49): (True,False), (100,97,85,84): (False,False), (100,80,60,40): (True,True), (100,99,70,90): (False,True)}
+
+@pytest.mark.parametrize('ms,best', costs.items(), ids=str)
+def test_precision_has_to_earn_its_place(ms, best): assert fast_math._fastest(dict(zip(ways, ms)))==best
 
 def test_takes_what_was_fastest(learn, monkeypatch):
     monkeypatch.setattr(fast_math, '_step_ms', lambda m, xb, last, bf16: 10.+5*bf16-4*last)
@@ -110,3 +113,42 @@ def test_beside_fastais_mixed_precision(learn, monkeypatch):
     monkeypatch.setattr(fast_math, '_step_ms', lambda m, xb, last, bf16: 10.-9*bf16)
     learn.to_bf16().to_fast()
     assert not learn.fast_math.bf16
+
+def small(model, *shape):
+    ds = TensorDataset(torch.randn(8,*shape), torch.randint(0, 3, (8,)))
+    learn = Learner(DataLoaders(DataLoader(ds, bs=4), DataLoader(ds, bs=4)), model, loss_func=CrossEntropyLossFlat(), opt_func=fused_adamw)
+    learn.remove_cbs(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def test_a_way_that_does_not_run_is_said_and_not_taken():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.out = nn.Conv2d(3,4,3),nn.Linear(4*36,3)
+        def forward(self, x): return self.out(self.a(x).view(len(x), -1))
+    learn = small(Views(), 3,8,8)
+    with pytest.warns(UserWarning, match='cannot run in channels last'): learn.to_fast(bf16=False)
+    assert not learn.fast_math.channels_last
+    learn.fit(1)
+
+def test_volumes_have_another_order_of_memory():
+    net = nn.Sequential(nn.Conv3d(1,4,3), nn.Flatten(), nn.Linear(4*8,3))
+    learn = small(net, 1,4,4,4)
+    with pytest.warns(UserWarning, match='cannot run in channels last'): learn.to_fast(bf16=False)
+    learn.fit(1)
+
+def test_dicts_and_buffers_put_in_anew():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(12,3)
+            self.register_buffer('n', torch.zeros(1))
+            self.register_buffer('k', torch.randn(1,3,2,2))
+        def forward(self, x):
+            self.n = self.n+1
+            return dict(logits=self.out((x*self.k).flatten(1)))
+    learn = small(Odd(), 3,2,2)
+    n,k = learn.model.n,learn.model.k.clone()
+    learn.to_fast()
+    assert learn.model.n is n and n.item()==0 and torch.equal(learn.model.k, k)
