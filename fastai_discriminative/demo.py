@@ -245,7 +245,7 @@ class TrainClock(Callback):
     def _now(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return time.perf_counter()
-    def before_train(self): self._start = self._now()
+    def before_epoch(self): self._start = self._now() # what other callbacks prepare as training begins, such as cached features, counts
     def after_train(self): self.seconds += self._now()-self._start
     def after_epoch(self):
         vals = dict(zip(self.recorder.metric_names[1:], self.learn.final_record))

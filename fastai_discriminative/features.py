@@ -307,23 +307,26 @@ def _tfms_key(dl):
     own,tls = [getattr(dl, n, None) for n in ('after_item','before_batch','after_batch')],getattr(dl.dataset, 'tls', [])
     return tuple(map(_settings, [*own, *[getattr(o, 'tfms', None) for o in tls]]))
 
-# %% ../nbs/07_features.ipynb #24c68730
-def _file_key(o):
-    "Time of change and size of the file `o`, or of those in it"
-    if isinstance(o, (list,tuple)): return tuple(map(_file_key, o))
-    if not isinstance(o, (str,Path)): return None
-    try: st = os.stat(o)
-    except (OSError,ValueError): return None
-    return st.st_mtime_ns,st.st_size
+# %% ../nbs/07_features.ipynb #fa0f3e03
+def _item_key(o):
+    "Changes with the value of `o`, and with the file that it names"
+    if isinstance(o, Tensor): return _crc(o)
+    if isinstance(o, (list,tuple,L)): return tuple(map(_item_key, o))
+    if isinstance(o, (int,float,type(None))): return o
+    if isinstance(o, (str,Path)):
+        try: st = os.stat(o)
+        except (OSError,ValueError): return str(o)
+        return str(o),st.st_mtime_ns,st.st_size
+    f = _CrcFile()
+    try: pickle.Pickler(f).dump(o)
+    except Exception: return _Same(o)
+    return f.crc
 
 def _data_key(dl):
     "Changes with the items of `dl`, and where they name files with these"
-    ds,f = dl.dataset,_CrcFile()
+    ds = dl.dataset
     items = ds.tls[0].items if hasattr(ds, 'tls') else getattr(ds, 'tensors', getattr(ds, 'items', ds))
-    rows = items if isinstance(items, (list,tuple,L)) else []
-    try: pickle.Pickler(f).dump(tuple(map(_crc, rows)) if rows and isinstance(rows[0], Tensor) else (items, list(map(_file_key, rows))))
-    except Exception: f.crc = None
-    return _Same(ds),len(ds),f.crc
+    return _Same(ds),len(ds),_Same(ds) if items is ds and not isinstance(ds, (list,tuple)) else _item_key(items)
 
 # %% ../nbs/07_features.ipynb #561f1b7c
 class _Rows:
@@ -454,7 +457,7 @@ def _prefix(self:CachedFeatures, xb):
         f"Split the learner with `train_norm='group'`, 'affine' or False in place of {self.learn.true_freeze.train_norm}.")
     return FrozenPrefix(self.model, xb)
 
-# %% ../nbs/07_features.ipynb #8e193163
+# %% ../nbs/07_features.ipynb #966d0853
 @patch
 def _autocast(self:CachedFeatures):
     "dtype of mixed precision, and a context for it"
@@ -463,21 +466,23 @@ def _autocast(self:CachedFeatures):
     return (None,nullcontext()) if ctx is None else (str(ctx.fast_dtype),ctx)
 
 @patch
-def _key(self:CachedFeatures, i, dl, prefix):
-    "What the rows of loader `i` depend on"
-    return [_model_key(_unwrap(self.model), prefix), _tfms_key(dl), _data_key(dl), self.n_views if i==0 else 0, self._autocast()[0]]
+def _key(self:CachedFeatures, i, dl, prefix, models):
+    "What the rows of loader `i` depend on; `models` holds the model's part, which loaders share"
+    k = tuple(map(id, prefix.modules))
+    if k not in models: models[k] = _model_key(_unwrap(self.model), prefix)
+    return [models[k], _tfms_key(dl), _data_key(dl), self.n_views if i==0 else 0, self._autocast()[0]]
 
 @patch
-def _ensure(self:CachedFeatures, i, dl):
+def _ensure(self:CachedFeatures, i, dl, models):
     "Rows of loader `i` are there, and made anew if anything has changed"
     rows = self.rows.get(i)
-    if rows is not None and rows.key==self._key(i, dl, rows.prefix): return
+    if rows is not None and rows.key==self._key(i, dl, rows.prefix, models): return
     if rows is not None and rows.folder: shutil.rmtree(rows.folder, ignore_errors=True)
     self.rows.pop(i, None)
     _check_loader(dl)
     rows = self._build(i, dl)
     if rows is None: return
-    rows.key,self.rows[i] = self._key(i, dl, rows.prefix),rows
+    rows.key,self.rows[i] = self._key(i, dl, rows.prefix, models),rows
 
 # %% ../nbs/07_features.ipynb #262acb97
 def _share_of(n):
@@ -560,13 +565,13 @@ def _share(self:CachedFeatures, rows, world, n=256):
                     p[own] = some.to(p.device)
     return rows
 
-# %% ../nbs/07_features.ipynb #0774b08b
+# %% ../nbs/07_features.ipynb #a0a06fd6
 @patch
 def _look(self:CachedFeatures):
     "Make what rows are missing or wrong"
-    self._at = self.opt.frozen_idx
+    self._at,models = self.opt.frozen_idx,{}
     for i,dl in enumerate(self.dls.loaders[:2]):
-        if len(dl): self._ensure(i, _base_dl(dl))
+        if len(dl): self._ensure(i, _base_dl(dl), models)
 
 @patch
 def before_train(self:CachedFeatures):

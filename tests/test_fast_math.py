@@ -11,6 +11,10 @@ from torch.utils.data import TensorDataset
 from fastai_discriminative.all import *
 from fastai_discriminative import fast_math
 
+def autocast_is_on():
+    try: return torch.is_autocast_enabled('cpu')
+    except TypeError: return torch.is_autocast_cpu_enabled() # before torch 2.4
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -18,7 +22,7 @@ class Net(nn.Module):
         self.seen = []
     def forward(self, x):
         x = self.b(self.bn(self.drop(self.a(x))))
-        self.seen.append((x.dtype, x.is_contiguous(memory_format=torch.channels_last), torch.is_autocast_enabled('cpu')))
+        self.seen.append((x.dtype, x.is_contiguous(memory_format=torch.channels_last), autocast_is_on()))
         return self.out(x.mean((2,3)))
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def test_interrupt_while_measuring(learn, monkeypatch):
 @pytest.mark.parametrize('last,bf16', [(True,False), (False,True), (True,True)])
 def test_used_in_the_forward_pass_alone(learn, last, bf16):
     class Looks(Callback):
-        def after_loss(self): self.loss_dtype,self.on = self.learn.loss.dtype,torch.is_autocast_enabled('cpu')
+        def after_loss(self): self.loss_dtype,self.on = self.learn.loss.dtype,autocast_is_on()
     learn.to_fast(last, bf16)
     looks = Looks()
     learn.fit_one_cycle(1, 1e-3, cbs=looks)
@@ -86,9 +90,9 @@ def test_autocast_ends_with_a_failing_pass(learn, error, monkeypatch):
     def _fails(x): raise error('stop')
     monkeypatch.setattr(learn.model.bn, 'forward', _fails)
     with pytest.raises(error): learn.fit_one_cycle(1, 1e-3)
-    assert not torch.is_autocast_enabled('cpu') and 'forward' not in vars(learn.model)
+    assert not autocast_is_on() and 'forward' not in vars(learn.model)
     with pytest.raises(error): learn.validate()
-    assert not torch.is_autocast_enabled('cpu')
+    assert not autocast_is_on()
 
 def test_goes_back(learn):
     learn.to_fast(True, True).to_fast(False, False)

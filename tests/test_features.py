@@ -12,6 +12,7 @@ from fastai.vision.all import (Callback,CategoryBlock,CrossEntropyLossFlat,DataB
     ImageDataLoaders,IndexSplitter,Learner,MaskBlock,MixUp,ProgressCallback,Resize,SaveModelCallback,TfmdDL,WeightedDL,accuracy,aug_transforms,get_image_files,
     load_learner,noop,parent_label,resnet18,set_seed,unet_learner,vision_learner)
 
+from fastai_discriminative import features
 from fastai_discriminative.all import *
 
 # ---- data and learners
@@ -417,6 +418,20 @@ def test_tensors_changed_in_place_in_mid_fit(built):
     fit(learn, n=2, cbs=[CachedFeatures(), Changes()])
     assert built==[0,1,0]
 
+def test_items_of_a_list_are_looked_at_one_by_one(built, monkeypatch):
+    "Each is a view of one large tensor, so pickling them would write it once for each"
+    written = []
+    write = features._CrcFile.write
+    monkeypatch.setattr(features._CrcFile, 'write', lambda self, b: written.append(len(b)) or write(self, b))
+    xs = torch.randn(16,3,16,16)
+    ds = [(xs[i], torch.tensor(i%3)) for i in range(16)]
+    learn = quiet(Learner(DataLoaders(DataLoader(ds, bs=4), DataLoader(ds[:4], bs=4)), own_net(), loss_func=CrossEntropyLossFlat())).split()
+    cache = CachedFeatures()
+    fit(learn, n=1, cbs=cache)
+    xs[9].add_(1.)
+    fit(learn, n=1, cbs=cache)
+    assert built==[0,1,0] and sum(written)<1e4
+
 def _load(learn, folder): learn.model[0].load_state_dict({k:v+.01 if v.is_floating_point() else v for k,v in learn.model[0].state_dict().items()})
 def _one_weight(learn, folder): next(learn.model.parameters()).data.view(-1)[0].add_(1e-3)
 def _running_stats(learn, folder): next(b for n,b in learn.model.named_buffers() if 'running_mean' in n).add_(.1)
@@ -537,11 +552,11 @@ def test_files_go_when_made_anew(folder, tmp_path):
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
 def test_interrupted_while_made(folder, tmp_path, error, monkeypatch):
-    n,features = [],FrozenPrefix.features
+    n,compute = [],FrozenPrefix.features
     def _fails(self, *xb):
         n.append(1)
         if len(n)==4: raise error('stopped')
-        return features(self, *xb)
+        return compute(self, *xb)
     learn,cache = ours(folder),CachedFeatures(ram_gb=0, folder=tmp_path)
     before,modes = state(learn),[m.training for m in learn.model.modules()]
     learn.freeze()
@@ -619,8 +634,7 @@ def test_a_frozen_layer_that_only_training_runs():
     assert 'forward' not in vars(m.aux) and m.training
 
 def test_shapes_that_differ():
-    from fastai_discriminative.features import _Rows
-    rows = _Rows(4, 1, (torch.zeros(2,5),), (torch.zeros(2),))
+    rows = features._Rows(4, 1, (torch.zeros(2,5),), (torch.zeros(2),))
     with pytest.raises(FeatureError, match='different shapes'): rows.put([0,1], (torch.zeros(2,6),), (torch.zeros(2),))
 
 def test_rows_that_are_no_samples():
@@ -718,17 +732,21 @@ def fit(cbs):
 cache = CachedFeatures(ram_gb=float(sys.argv[2]))
 ws = fit(cache)
 rows = torch.cat([r.parts[0].flatten() for r in cache.rows.values()])
-print('sums', f'{ws.double().sum():.12f} {rows.double().sum():.9f} {len(rows)} {sum(r.n for r in cache.rows.values())} {bool(cache._tmp)}', flush=True)
+res = f'{ws.double().sum():.12f} {rows.double().sum():.9f} {len(rows)} {sum(r.n for r in cache.rows.values())} {bool(cache._tmp)}'
+Path(f'{sys.argv[3]}-{rank_distrib()}').write_text(res)
 """
 
 @pytest.mark.parametrize('ram_gb', ['1','0'])
 def test_two_processes_share_the_work_and_agree(folder, tmp_path, ram_gb):
     (tmp_path/'ddp.py').write_text(_ddp)
-    def _run(*launch):
+    def _run(n):
         env = {**os.environ, 'OMP_NUM_THREADS':'1', 'CUDA_VISIBLE_DEVICES':''}
-        res = subprocess.run([sys.executable, *launch, str(tmp_path/'ddp.py'), str(folder), ram_gb], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
-        return [o.split()[1:] for o in res.stdout.splitlines() if o.startswith('sums')] or pytest.fail(res.stdout[-500:]+res.stderr[-3000:])
-    a,b = _run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+        out = tmp_path/f'of-{n}'
+        cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), str(tmp_path/'ddp.py'), str(folder), ram_gb, str(out)]
+        res = subprocess.run(cmd, capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+        assert not res.returncode, res.stderr[-3000:]
+        return [Path(f'{out}-{r}').read_text().split() for r in range(n)]
+    a,b = _run(2)
     assert a==b and a[3]==str(len(get_image_files(folder))) and a[4]==str(ram_gb=='0')
-    alone = _run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '1')[0]
+    alone = _run(1)[0]
     assert abs(float(alone[1])-float(a[1]))<1e-2, "the same features, whoever computed them"
