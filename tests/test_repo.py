@@ -107,6 +107,13 @@ def test_directives_of_markdown_cells_are_whole(nb):
     bad = [o[:60] for o in cells if re.match(r'#?\s*\|\s*(export|hide)', o) and not o.startswith('#|')]
     assert not bad, f"these cells begin with a directive that lost its `#` (`#| export`), so that it is printed and not obeyed: {bad}"
 
+@pytest.mark.parametrize('nb', notebooks, ids=lambda o: o.stem)
+def test_stored_outputs_hold_no_warnings(nb):
+    "They would be printed on the page, with paths of the machine that ran it"
+    outs = [o for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', [])]
+    bad = [''.join(o['text'])[:80] for o in outs if o.get('name')=='stderr']
+    assert not bad, f"stored outputs on stderr: {bad}"
+
 def test_wheel_holds_every_file_of_the_package(tmp_path):
     for o in [*_files('fastai_discriminative'), 'pyproject.toml', 'README.md', 'LICENSE']:
         (tmp_path/'src'/o).parent.mkdir(parents=True, exist_ok=True)
