@@ -389,7 +389,7 @@ def _split_idx(ds, i):
     else:
         with ds.set_split_idx(i): yield
 
-# %% ../nbs/07_features.ipynb #ab6d127b
+# %% ../nbs/07_features.ipynb #e6188a11
 class CachedFeatures(_Holding):
     "Train on the frozen layers' results, computed once; raises `FeatureError` if they cannot be kept, and warns where nothing is frozen"
     order = 12 # after `TrueFreeze`, mixed precision and `DistributedTrainer`, before `Recorder`
@@ -403,7 +403,7 @@ class CachedFeatures(_Holding):
         self.n_views,self.ram_gb,self.folder = n_views,ram_gb,folder
         self._reset()
 
-    def _reset(self): self.rows,self._tmp,self._on,self._held,self._views = {},None,None,None,torch.Generator()
+    def _reset(self): self.rows,self._tmp,self._on,self._held,self._full,self._views = {},None,None,None,set(),torch.Generator()
 
     def __getstate__(self): return {k:v for k,v in vars(self).items() if k=='learn' or k in ('n_views','ram_gb','folder')}
     def __setstate__(self, d):
@@ -457,7 +457,7 @@ def _prefix(self:CachedFeatures, xb):
         f"Split the learner with `train_norm='group'`, 'affine' or False in place of {self.learn.true_freeze.train_norm}.")
     return FrozenPrefix(self.model, xb)
 
-# %% ../nbs/07_features.ipynb #966d0853
+# %% ../nbs/07_features.ipynb #18037a42
 @patch
 def _autocast(self:CachedFeatures):
     "dtype of mixed precision, and a context for it"
@@ -481,7 +481,7 @@ def _ensure(self:CachedFeatures, i, dl, models):
     self.rows.pop(i, None)
     _check_loader(dl)
     rows = self._build(i, dl)
-    if rows is None: return
+    if rows is None: return self._full.add(i) # no second try in this fit
     rows.key,self.rows[i] = self._key(i, dl, rows.prefix, models),rows
 
 # %% ../nbs/07_features.ipynb #262acb97
@@ -565,13 +565,13 @@ def _share(self:CachedFeatures, rows, world, n=256):
                     p[own] = some.to(p.device)
     return rows
 
-# %% ../nbs/07_features.ipynb #a0a06fd6
+# %% ../nbs/07_features.ipynb #3830dc35
 @patch
 def _look(self:CachedFeatures):
     "Make what rows are missing or wrong"
     self._at,models = self.opt.frozen_idx,{}
     for i,dl in enumerate(self.dls.loaders[:2]):
-        if len(dl): self._ensure(i, _base_dl(dl), models)
+        if len(dl) and i not in self._full: self._ensure(i, _base_dl(dl), models)
 
 @patch
 def before_train(self:CachedFeatures):
@@ -602,7 +602,7 @@ def _exchange(self:CachedFeatures, i):
     self.learn.dl = _cached_dl(dl, rows, self._views, _pack)
     self._held = self.learn,self.learn.dl,rows.prefix,flat
 
-# %% ../nbs/07_features.ipynb #6a2fad22
+# %% ../nbs/07_features.ipynb #5a1afd07
 @patch
 def before_batch(self:CachedFeatures):
     if self._held is None or self.learn.dl is not self._held[1]: return
@@ -626,4 +626,4 @@ def release(self:CachedFeatures):
     "Let go of the learner; called when a fit is over, however it ended"
     super(CachedFeatures, self).release()
     if self._held and self._held[0].dl is self._held[1]: self._held[0].dl = None
-    self._held,self._on = None,None
+    self._held,self._on,self._full = None,None,set()

@@ -323,7 +323,8 @@ def _light_schedules(on):
     "Let fastai's fits make our schedules, or its own again"
     ours = dict(combine_scheds=_combine_scheds, ParamScheduler=_ParamScheduler)
     if on and schedule.ParamScheduler is not _ParamScheduler: _stock_schedules.update({k:getattr(schedule, k) for k in ours})
-    for k,v in (ours if on else _stock_schedules).items(): setattr(schedule, k, v)
+    if on or schedule.ParamScheduler is _ParamScheduler: # else somebody has put others there
+        for k,v in (ours if on else _stock_schedules).items(): setattr(schedule, k, v)
 
 def _light_recorder(learn):
     "Exchange fastai's own recorder in `learn` for ours, with all it holds"

@@ -960,6 +960,15 @@ def test_stock_schedules_are_back_after_every_fit(dls):
     with pytest.raises(KeyboardInterrupt): learn.fit_one_cycle(1, 1e-4, cbs=Stops())
     assert stock_==(schedule.combine_scheds,schedule.ParamScheduler)
 
+def test_what_others_put_into_fastais_schedules_stays(dls, monkeypatch):
+    from fastai.callback import schedule
+    ours(dls).fit_one_cycle(1, 1e-4)
+    class Theirs(schedule.ParamScheduler): pass
+    monkeypatch.setattr(schedule, 'ParamScheduler', Theirs)
+    stock(dls).fit_one_cycle(1, 1e-4)
+    ours(dls).fit_one_cycle(1, 1e-4)
+    assert schedule.ParamScheduler is Theirs
+
 @pytest.mark.parametrize('how', ['fit_one_cycle','fit_flat_cos','fit_sgdr'])
 def test_schedules_and_losses_are_fastais_to_the_bit(dls, how):
     "The same splitter and optimiser, split by us and not"
