@@ -8,6 +8,7 @@ The training loop, the data and the callbacks stay fastai's, and nothing changes
 Modules:
 
 - `fastai_discriminative.checks`: The whole battery of proofs for a splitter or a family, in one line of pytest
+- `fastai_discriminative.compare`: Should new layers learn faster than pretrained ones? Ask your own data: several strategies, several seeds, one call
 - `fastai_discriminative.coverage`: What was proved, for which architectures, by which rule, and where it does not hold
 - `fastai_discriminative.demo`: Real pretrained weights and real images without a download, and a fair race against fastai's `fine_tune`
 - `fastai_discriminative.families`: The built-in families: how their layers follow each other, and which published recipes apply
@@ -18,6 +19,7 @@ Modules:
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
 - `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
 - `fastai_discriminative.registry`: Which family an architecture belongs to, and what the package knows about that family
+- `fastai_discriminative.strategies`: Who trains, for how long, how fast: every practice of fine-tuning by name, and `auto`, which measures before it moves
 - `fastai_discriminative.trace`: The order in which a model really uses its parameters"""
 
 __version__ = "0.0.1"

@@ -8,3 +8,5 @@ from .optimizer import *
 from .learner import *
 from .features import *
 from .fast_math import *
+from .strategies import *
+from .compare import *

@@ -7,7 +7,7 @@ and a table and a plot that put two ways of training side by side."""
 
 # %% auto #0
 __all__ = ['DataError', 'DataWarning', 'clipart_path', 'elpv_path', 'lite0_weights', 'FolderImages', 'folder_images', 'demo_dls',
-           'TrainClock', 'TimedRun', 'timed_run', 'runs_table', 'plot_runs', 'export_learner']
+           'TimedRun', 'timed_run', 'runs_table', 'plot_runs', 'export_learner']
 
 # %% ../nbs/14_demo.ipynb #985087fa
 import hashlib,os,random,shutil,tempfile,time,warnings,zipfile
@@ -21,6 +21,7 @@ from importlib.util import find_spec
 import timm
 from fastai.vision.all import *
 from .registry import DiscriminativeError,WeightsError
+from .compare import TrainClock
 
 # %% ../nbs/14_demo.ipynb #6e246a66
 class DataError(DiscriminativeError, ValueError): "A folder of images that cannot be trained on, or an image package that is missing"
@@ -236,20 +237,6 @@ def demo_dls(
         item_tfms=Resize(size), batch_tfms=aug_transforms(max_rotate=10., max_warp=0.))
     bs = min(bs, len(train))
     return db.dataloaders([fi.files[i] for i in train+valid], path=fi.path, bs=bs, num_workers=num_workers)
-
-# %% ../nbs/14_demo.ipynb #cd9bb467
-class TrainClock(Callback):
-    "Training seconds, without validation, and the metrics after each epoch, over any number of calls of `fit`"
-    order = 60 # after `Recorder`, which has the metrics
-    def __init__(self): self.seconds,self.rows = 0.,[]
-    def _now(self):
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        return time.perf_counter()
-    def before_epoch(self): self._start = self._now() # what other callbacks prepare as training begins, such as cached features, counts
-    def after_train(self): self.seconds += self._now()-self._start
-    def after_epoch(self):
-        vals = dict(zip(self.recorder.metric_names[1:], self.learn.final_record))
-        self.rows.append(dict(epoch=len(self.rows)+1, train_s=self.seconds, **{k:float(v) for k,v in vals.items()}))
 
 # %% ../nbs/14_demo.ipynb #73937ee9
 @dataclass

@@ -393,6 +393,7 @@ def _split_idx(ds, i):
 class CachedFeatures(_Holding):
     "Train on the frozen layers' results, computed once; raises `FeatureError` if they cannot be kept, and warns where nothing is frozen"
     order = 12 # after `TrueFreeze`, mixed precision and `DistributedTrainer`, before `Recorder`
+    paused = False # Train on images for now?
     def __init__(self,
         n_views:int=0, # Augmented views of each training image, of which each epoch draws one; 0 for the image as in validation
         ram_gb:float=2., # Keep up to so many gigabytes (1e9 bytes) in memory, and what is more in files
@@ -403,7 +404,7 @@ class CachedFeatures(_Holding):
         self.n_views,self.ram_gb,self.folder = n_views,ram_gb,folder
         self._reset()
 
-    def _reset(self): self.rows,self._tmp,self._on,self._held,self._full,self._views = {},None,None,None,set(),torch.Generator()
+    def _reset(self): self.rows,self._tmp,self._on,self._held,self._full,self._seen,self._views = {},None,None,None,set(),set(),torch.Generator()
 
     def __getstate__(self): return {k:v for k,v in vars(self).items() if k=='learn' or k in ('n_views','ram_gb','folder')}
     def __setstate__(self, d):
@@ -567,27 +568,31 @@ def _share(self:CachedFeatures, rows, world, n=256):
 
 # %% ../nbs/07_features.ipynb #3830dc35
 @patch
-def _look(self:CachedFeatures):
-    "Make what rows are missing or wrong"
-    self._at,models = self.opt.frozen_idx,{}
-    for i,dl in enumerate(self.dls.loaders[:2]):
-        if len(dl) and i not in self._full: self._ensure(i, _base_dl(dl), models)
+def _look(self:CachedFeatures, i):
+    "Make what rows of loader `i` are missing or wrong; is training to use rows?"
+    dls = self.dls.loaders
+    try:
+        if i<len(dls) and len(dls[i]) and i not in self._full: self._ensure(i, _base_dl(dls[i]), self._models)
+    except FeatureError as e:
+        if i not in self._seen and not isinstance(e, NothingFrozen): raise
+        self.release()
+        self._on = False
+        warnings.warn(f"Training goes on without cached features. {e}")
+    self._seen.add(i)
+    return self._on is not False
 
 @patch
 def before_train(self:CachedFeatures):
-    if self._on is False: return
-    try: self._look()
-    except FeatureError as e:
-        if self._on is None and not isinstance(e, NothingFrozen): raise
-        self.release()
-        self._on = False
-        return warnings.warn(f"Training goes on without cached features. {e}")
-    self._on = True
-    self._exchange(0)
+    if self._on is False or self.paused: return
+    self._at,self._models = self.opt.frozen_idx,{}
+    self._on = self._look(0)
+    if self._on: self._exchange(0)
 
 @patch
 def before_validate(self:CachedFeatures):
-    if self._on: self._exchange(1)
+    if not self._on or self.paused: return
+    if self._look(1): self._exchange(1)
+    self.model.eval() # looking at the model may have put it in train mode
 
 # %% ../nbs/07_features.ipynb #aac51bb4
 @patch
@@ -626,4 +631,4 @@ def release(self:CachedFeatures):
     "Let go of the learner; called when a fit is over, however it ended"
     super(CachedFeatures, self).release()
     if self._held and self._held[0].dl is self._held[1]: self._held[0].dl = None
-    self._held,self._on,self._full = None,None,set()
+    self._held,self._on,self._full,self._seen = None,None,set(),set()

