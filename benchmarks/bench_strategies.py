@@ -103,7 +103,7 @@ def draw():
         ax.set_title(f"{c.info['arch']}, {c.info['data']}, {c.info['n_train'] or 'all'} images, {c.info['n_epoch']} epochs")
         ax.figure.savefig(f.with_suffix('.png'), dpi=110)
 
-if __name__=='__main__':
+def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument('parts', nargs='*', choices=[*parts, []], default=list(parts))
     ap.add_argument('--jobs', type=int, default=2)
@@ -115,3 +115,7 @@ if __name__=='__main__':
     else:
         with joblib.parallel_config(n_jobs=args.jobs):
             for o in args.parts: parts[o]()
+
+if __name__=='__main__':
+    from bench_strategies import main as _main # by its name, so that other processes find what it pickles
+    _main()

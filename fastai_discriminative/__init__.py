@@ -19,6 +19,7 @@ Modules:
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
 - `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
 - `fastai_discriminative.registry`: Which family an architecture belongs to, and what the package knows about that family
+- `fastai_discriminative.report`: What a fine-tune did to the pretrained layers: how far they moved, and whether they still say the same
 - `fastai_discriminative.strategies`: Who trains, for how long, how fast: every practice of fine-tuning by name, and `auto`, which measures before it moves
 - `fastai_discriminative.trace`: The order in which a model really uses its parameters"""
 

@@ -9,4 +9,5 @@ from .learner import *
 from .features import *
 from .fast_math import *
 from .strategies import *
+from .report import *
 from .compare import *

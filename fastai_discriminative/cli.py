@@ -43,15 +43,15 @@ def _cmd_families(a):
     print(coverage_line())
 
 # %% ../nbs/15_cli.ipynb #ec09bb25
-def _fit_ours(learn, epochs, cbs, lr='preset'):
-    "One epoch for the head where the body is pretrained, then `epochs` for all groups"
-    if learn.opt.frozen_idx:
-        learn.fit_one_cycle(1, lr, cbs=cbs)
-        learn.unfreeze()
-        learn.fit_one_cycle(epochs, lr, cbs=cbs)
-    else: learn.fit_one_cycle(epochs+1, lr, cbs=cbs)
+def _strategy_of(a):
+    "Name of the strategy that the arguments `a` ask for; raises `StrategyError` if there is none"
+    from fastai_discriminative.strategies import find_strategy
+    by_hand = getattr(a, 'lr_low', None) is not None or getattr(a, 'lr_high', None) is not None
+    return find_strategy(a.strategy or ('lp_ft' if by_hand else 'auto')).name
 
-def _fit_stock(learn, epochs, cbs):
+def _fit_ours(learn, epochs, cbs, strategy): learn.fit_strategy(strategy, epochs, cbs=cbs)
+
+def _fit_stock(learn, epochs, cbs, strategy=None):
     "fastai's own: `fine_tune`, which has the frozen epoch"
     if learn.opt.frozen_idx: learn.fine_tune(epochs, cbs=cbs)
     else: learn.fit_one_cycle(epochs+1, cbs=cbs)
@@ -95,7 +95,7 @@ def _offline_hint(arch):
 class _Job:
     "Images, architecture and settings of one command"
     def __init__(self, a, images, arch, weights_file=None, pretrained=True):
-        self.a,self.images,self.arch,self.pretrained = a,images,arch,pretrained
+        self.a,self.images,self.arch,self.pretrained,self.strategy = a,images,arch,pretrained,_strategy_of(a)
         self.weights_file = None if weights_file is None else Path(weights_file).expanduser()
         self.size,self.timm_args = _size_args(arch, a.size)
         self.preset = _own_preset(arch, a.bs, getattr(a, 'lr_low', None), getattr(a, 'lr_high', None))
@@ -123,11 +123,11 @@ def _run(job, how, seed):
     from contextlib import ExitStack
     from fastai_discriminative.demo import timed_run
     make,f = dict(ours=(job.ours, _fit_ours), stock=(job.stock, _fit_stock))[how]
-    name = dict(ours='layer groups', stock="fastai's fine_tune")[how]
+    name = dict(ours=job.strategy, stock="fastai's fine_tune")[how]
     def fit(learn, cbs):
         with ExitStack() as st:
             if job.a.quiet: st.enter_context(learn.no_bar()), st.enter_context(learn.no_logging())
-            f(learn, job.a.epochs, cbs)
+            f(learn, job.a.epochs, cbs, job.strategy)
     print(f'\n{name}, seed {seed}', flush=True)
     return timed_run(name, make, fit, seed)
 
@@ -171,6 +171,7 @@ def _train(job, compare):
         _describe(job)
         runs,learn = _race(job, compare)
         print('\n'+runs_table(runs))
+        if hasattr(learn, 'auto_evidence'): print(f'\n{learn.auto_evidence}')
         n = len(learn.dls.valid_ds)
         print(f'Accuracy on {n} images: one image is {100/n:.2g} points. Training time without validation.')
         plot_runs(runs, out/'accuracy.png', f'{job.arch} on {job.images.path.name}')
@@ -218,7 +219,8 @@ def _n_train(s): return None if s=='all' else _count(s)
 # %% ../nbs/15_cli.ipynb #13ba9709
 def _add_training(p, size, threads, out, n_train):
     "Arguments that `demo` and `finetune` share"
-    p.add_argument('--epochs', type=_count, default=4, help='epochs after the first one, in which only the head trains (default: %(default)s)')
+    p.add_argument('--epochs', type=_count, default=4, help='epochs after those in which only the head trains (default: %(default)s)')
+    p.add_argument('--strategy', metavar='NAME', help="strategy, such as lp_ft or discriminative (default: auto; lp_ft with rates given by hand)")
     p.add_argument('--size', type=_count, default=size, help=f"height and width of the images in pixels (default: {size or 'what the architecture was trained at, at most 224'})")
     p.add_argument('--bs', type=_count, default=32, help='batch size (default: %(default)s)')
     p.add_argument('--n-groups', type=_n_groups, metavar='N|block', help="number of layer groups with the head's, or 'block' for the finest (default: the family's)")
@@ -264,7 +266,7 @@ def _parser():
         p = sub.add_parser(name, help=short, description=long or f'{short[0].upper()}{short[1:]}.', parents=[common])
         p.set_defaults(f=f)
         return p
-    p = _new('demo', _cmd_demo, "fine-tune EfficientNet-Lite0 on real images, against fastai's fine_tune", "Fine-tune EfficientNet-Lite0, with its ImageNet weights, on real images in layer groups, and "
+    p = _new('demo', _cmd_demo, "fine-tune EfficientNet-Lite0 on real images, against fastai's fine_tune", "Fine-tune EfficientNet-Lite0, with its ImageNet weights, on real images with the strategy auto, and "
         "with fastai's own fine_tune for comparison. Needs no network, about two minutes on two cores, and the extra `demo` of this package.")
     p.add_argument('--data', choices=('clipart','elpv'), default='clipart', help='drawings in 12 classes, or photographs of solar cells in 4 (default: %(default)s)')
     _add_training(p, 64, 1, 'discriminative-demo', 600)

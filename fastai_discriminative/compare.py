@@ -8,9 +8,9 @@ Results are a tidy table; interrupted comparisons go on where they stopped; the 
 # %% auto #0
 __all__ = ['TrainClock', 'StrategyComparison', 'compare_strategies']
 
-# %% ../nbs/11_compare.ipynb #a003ec76
+# %% ../nbs/11_compare.ipynb #b8ad6b5a
 import json,math,os,random,time,zlib
-from contextlib import ExitStack,contextmanager
+from contextlib import contextmanager
 from weakref import WeakSet
 
 import joblib
@@ -40,7 +40,7 @@ class TrainClock(Callback):
     def after_fit(self):
         if self.rows and self.learn.final_record is not self._last: self._row()
 
-# %% ../nbs/11_compare.ipynb #0237820d
+# %% ../nbs/11_compare.ipynb #e0d32496
 class _Finite(Callback):
     "Stop a fit whose loss is no number"
     order = 61
@@ -65,6 +65,7 @@ def _make(make_learner, seed):
     for dl in learn.dls.loaders: _base_dl(dl).rng = random.Random(seed)
     return learn
 
+# %% ../nbs/11_compare.ipynb #7fc07a12
 @contextmanager
 def _threads(n):
     "Within, torch uses `n` threads (`None` to leave it alone)"
@@ -143,7 +144,7 @@ class StrategyComparison:
     def __repr__(self): return f'{self._title()}\n{self.table().to_string()}'
     def _repr_html_(self): return f'<p>{self._title()}</p>{self.table().to_html()}'
 
-# %% ../nbs/11_compare.ipynb #9b59377d
+# %% ../nbs/11_compare.ipynb #291e2d12
 @patch
 def _in_order(self:StrategyComparison):
     at = {o:i for i,o in enumerate(self.names)}
@@ -160,15 +161,15 @@ def _last(self:StrategyComparison, name, metric=None):
     k = metric or self.metric
     return {j['seed']: (j['score'] if k in j['score'] else j['rows'][-1])[k] for j in self._in_order() if j['strategy']==name and not j['error'] and j['rows']}
 
+# %% ../nbs/11_compare.ipynb #af0c5c4a
 @patch
 def _reached(self:StrategyComparison, job, target):
     "Training seconds after which `job` is as good as `target`; `inf` if it never is"
     sign = -1 if _lower_is_better(self.metric) else 1
     return next((r['train_s'] for r in job['rows'] if sign*r.get(self.metric, float('nan'))>=sign*target), math.inf)
 
-# %% ../nbs/11_compare.ipynb #e5991073
 @patch
-def times_to_reference(self:StrategyComparison, 
+def times_to_reference(self:StrategyComparison,
     name:str # A strategy
 )->dict: # Seed -> share of the reference's training time, `inf` if never
     "Training time in which strategy `name` is as good as the reference strategy is at its end, over the reference's own training time, seed by seed"
@@ -179,23 +180,27 @@ def times_to_reference(self:StrategyComparison,
         res[j['seed']] = self._reached(j, end[self.metric])/end['train_s']
     return res
 
+# %% ../nbs/11_compare.ipynb #3c8f1eb6
+@patch
+def _table_row(self:StrategyComparison, n, k, ref):
+    "What `table` shows of strategy `n`: the last values of metric `k`, beside those of the reference, `ref`"
+    last,jobs = self._last(n, k),[j for j in self.jobs if j['strategy']==n]
+    row = dict(strategy=n, seeds=len(last), failed=len(jobs)-len(last))
+    if not last: return row
+    (m,h),ts = _interval(list(last.values())),list(self.times_to_reference(n).values())
+    both = [s for s in last if s in ref] if n!=self.reference else []
+    d,dh = _interval([last[s]-ref[s] for s in both]) if both else (float('nan'),)*2
+    row.update({k:m, '±':h, 'train_s':np.mean([j['rows'][-1]['train_s'] for j in jobs if not j['error']])})
+    if k==self.metric: row['time to reference'] = np.median(ts) if ts else float('nan')
+    return {**row, 'difference':d, 'difference ±':dh, 'distinguishable':'' if math.isnan(dh) else 'yes' if abs(d)>dh else 'no'}
+
 @patch
 def table(self:StrategyComparison,
     metric:str|None=None # Another metric than that of the comparison
 )->'DataFrame': # One row a strategy
     "Mean and 95 % interval over seeds, training seconds, time to the reference's last value, and the paired difference from the reference"
-    k,ref = metric or self.metric,self._last(self.reference, metric)
-    rows = []
-    for n in self.names:
-        last = self._last(n, metric)
-        jobs = [j for j in self.jobs if j['strategy']==n]
-        if not last: rows.append({'strategy':n, 'seeds':0, 'failed':len(jobs)}); continue
-        (m,h),ts = _interval(list(last.values())),list(self.times_to_reference(n).values())
-        both = [s for s in last if s in ref]
-        d,dh = _interval([last[s]-ref[s] for s in both]) if both and n!=self.reference else (float('nan'),)*2
-        rows.append({'strategy':n, 'seeds':len(last), 'failed':len(jobs)-len(last), k:m, '±':h, 'train_s':np.mean([j['rows'][-1]['train_s'] for j in jobs if not j['error']]),
-            'time to reference':np.median(ts) if ts and metric is None else float('nan'), 'difference':d, '± ':dh, 'distinguishable':'' if math.isnan(dh) else 'yes' if abs(d)>dh else 'no'})
-    return pd.DataFrame(rows).set_index('strategy')
+    k = metric or self.metric
+    return pd.DataFrame([self._table_row(n, k, self._last(self.reference, k)) for n in self.names]).set_index('strategy')
 
 # %% ../nbs/11_compare.ipynb #200fe9fa
 _palette = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split() # Okabe and Ito's, which colour-blind people can tell apart

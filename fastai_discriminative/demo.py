@@ -10,7 +10,7 @@ __all__ = ['DataError', 'DataWarning', 'clipart_path', 'elpv_path', 'lite0_weigh
            'TimedRun', 'timed_run', 'runs_table', 'plot_runs', 'export_learner']
 
 # %% ../nbs/14_demo.ipynb #985087fa
-import hashlib,os,random,shutil,tempfile,time,warnings,zipfile
+import hashlib,os,random,shutil,tempfile,warnings,zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass,field
