@@ -52,7 +52,7 @@ def _schedule(o):
     if o in _schedules: return _schedules[o]
     raise StrategyError(f"Unknown schedule {o!r}.{_near(o, _schedules)} Use one of {', '.join(_schedules)}, or a function from [0,1] to the share of the peak rate.")
 
-# %% ../nbs/08_strategies.ipynb #207617cd
+# %% ../nbs/08_strategies.ipynb #32787409
 @dataclass
 class Phase:
     "A stretch of a fit: which groups train, for how long, at which rates; raises `StrategyError` for what cannot be run"
@@ -61,15 +61,15 @@ class Phase:
     frozen:int=0 # Number of leading groups that are frozen, as in `freeze_to`: -1 for all but the head
     sched:object='one_cycle' # `'one_cycle'`, `'flat_cos'`, `'cos'`, `'flat'`, `'slanted'`, or a function from [0,1] to the share of the peak rates
     train_norm:bool|str|None=None # Which norm layers train, as for `split`; `None` for the learner's own choice
-    cached:bool=False # Train on the frozen groups' results, computed once? 20 such epochs stand for one on images, where features cannot be kept
+    cached:bool=False # Train on the frozen groups' results, computed once? 10 such epochs stand for one on images, where features cannot be kept
 
     def __post_init__(self):
         if not isinstance(self.n_epoch, (int,np.integer)) or self.n_epoch<1:
             raise StrategyError(f"A phase needs a whole number of epochs, at least 1, got {self.n_epoch!r}. With fewer epochs than phases, leave phases out or train longer.")
         _schedule(self.sched)
 
-# %% ../nbs/08_strategies.ipynb #bc6a2cbf
-_cached_per_epoch = 20 # cached epochs of a head that cost about as much as one on images
+# %% ../nbs/08_strategies.ipynb #2093eb98
+_cached_per_epoch = 10 # cached epochs of a head that cost about as much as one on images
 
 # %% ../nbs/08_strategies.ipynb #3b109b0c
 def _check_phases(phases, groups):
@@ -385,8 +385,8 @@ def plot_strategy(self:Learner,
     ax.figure.colorbar(m, ax=ax, label='learning rate')
     return ax
 
-# %% ../nbs/08_strategies.ipynb #ea61b55f
-def _head_epochs(n_epoch): return max(_cached_per_epoch, 5*n_epoch)
+# %% ../nbs/08_strategies.ipynb #4395498f
+def _head_epochs(n_epoch): return max(_cached_per_epoch, 2*n_epoch)
 
 def _lp(preset, n_epoch=_cached_per_epoch): return Phase(n_epoch, preset, frozen=-1, cached=True)
 

@@ -46,7 +46,7 @@ def test_fits_go_on_from_each_other_and_reset():
     learn,meter = learner().split(),DistortionMeter()
     learn.fit_strategy('lp_ft', 1, cbs=meter)
     learn.fit(1, 1e-3, cbs=meter)
-    assert meter.results.epoch.max()==22
+    assert meter.results.epoch.max()==12
     meter.reset()
     learn.fit(1, 1e-3, cbs=meter)
     assert meter.results.epoch.max()==1

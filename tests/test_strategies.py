@@ -13,6 +13,7 @@ from fastai_discriminative import strategies as st
 from fastai_discriminative.learner import TrueFreeze
 
 names = [s.name for s in list_strategies()]
+k = st._cached_per_epoch # epochs of a head on cached features
 
 # ---- data and learners
 
@@ -97,9 +98,9 @@ def test_the_body_does_not_move_by_a_bit_while_the_head_trains(dls, name):
     bufs = [n for n,_ in learn.model[0].named_buffers()]
     start = weights(learn)
     learn.fit_strategy(name, 2, cbs=spy)
-    assert spy.frozen[:20]==[len(learn.layer_groups)-1]*20
-    for k in body+[f'0.{o}' for o in bufs]: assert torch.equal(start[k], spy.states[19][k]), k
-    if name!='feature_extraction': assert not same({k:start[k] for k in body}, {k:spy.states[-1][k] for k in body})
+    assert spy.frozen[:k]==[len(learn.layer_groups)-1]*k
+    for o in body+[f'0.{o}' for o in bufs]: assert torch.equal(start[o], spy.states[k-1][o]), o
+    if name!='feature_extraction': assert not same({o:start[o] for o in body}, {o:spy.states[-1][o] for o in body})
 
 def test_nothing_pretrained_everything_new(dls):
     learn,spy = ours(dls),Spy()
@@ -141,7 +142,7 @@ def test_moments_and_momentum(dls):
 def test_callbacks_see_one_fit(dls, tmp_path):
     learn,spy = ours(dls, path=tmp_path),Spy()
     learn.fit_strategy('lp_ft', 2, cbs=[spy, SaveModelCallback(monitor='valid_loss', fname='best')])
-    assert spy.epochs==list(range(22)) and len(learn.recorder.values)==22
+    assert spy.epochs==list(range(k+2)) and len(learn.recorder.values)==k+2
     assert (tmp_path/'models'/'best.pth').exists()
     best = min(v[1] for v in learn.recorder.values)
     assert learn.validate()[0]==pytest.approx(best, rel=1e-4)
@@ -151,16 +152,16 @@ def test_early_stopping_stops_all_phases(dls):
     learn.fit_strategy([Phase(3, 0., frozen=-1), Phase(5, 0.)], cbs=EarlyStoppingCallback(monitor='valid_loss', patience=1, min_delta=10.))
     assert len(learn.recorder.values)<=3
 
-@pytest.mark.parametrize('at', [0,19,20,21])
+@pytest.mark.parametrize('at', [0,k-1,k,k+1])
 @pytest.mark.parametrize('name', ['lp_ft','auto'])
 def test_an_interrupt_leaves_a_sound_learner(dls, name, at):
     learn,spy = ours(dls),Spy()
     own,mine = learn.true_freeze.train_norm,list(learn.cbs)
     with pytest.raises(KeyboardInterrupt): learn.fit_strategy(name, 2, cbs=[spy,Stop(at)])
     assert list(learn.cbs)==mine and learn.true_freeze.train_norm==own and 'forward' not in vars(learn.model)
-    if name=='auto' and at>19:
+    if name=='auto' and at>=k:
         vals = [float(v[-1]) for v in learn.recorder.values]
-        assert learn.validate()[-1]==pytest.approx(max(vals[19:]))
+        assert learn.validate()[-1]==pytest.approx(max(vals[k-1:]))
     learn.fit_one_cycle(1, 1e-4)
     learn.fit_strategy(name, 1)
 
@@ -168,8 +169,8 @@ def test_going_on_after_an_interrupt(dls):
     whole,rest = Spy(),Spy()
     ours(dls).fit_strategy('lp_ft', 2, cbs=whole)
     learn = ours(dls)
-    with pytest.raises(KeyboardInterrupt): learn.fit_strategy('lp_ft', 2, cbs=Stop(21))
-    learn.fit_strategy('lp_ft', 2, cbs=rest, start_epoch=21)
+    with pytest.raises(KeyboardInterrupt): learn.fit_strategy('lp_ft', 2, cbs=Stop(k+1))
+    learn.fit_strategy('lp_ft', 2, cbs=rest, start_epoch=k+1)
     n = len(dls.train)
     np.testing.assert_allclose(rest.lrs, whole.lrs[-n:])
     assert rest.frozen[-1]==0
@@ -233,7 +234,7 @@ def test_surgical_gives_the_full_rate_to_the_highest_ratio(dls):
 
 # ---- the best, and no less
 
-def _harmful(): return [Phase(20, 1e-2, frozen=-1, cached=True), Phase(2, 3.)]
+def _harmful(): return [Phase(k, 1e-2, frozen=-1, cached=True), Phase(2, 3.)]
 
 @pytest.mark.parametrize('metrics', [accuracy, error_rate, None])
 def test_never_below_the_probe(dls, metrics, monkeypatch):
@@ -241,7 +242,7 @@ def test_never_below_the_probe(dls, metrics, monkeypatch):
     learn,spy = ours(dls, metrics=metrics),Spy()
     learn.fit_strategy('harmful', 2, cbs=spy)
     rows,i = learn.recorder.values,1 if metrics is None else 2
-    best = (min if metrics is not accuracy else max)(float(v[i]) for v in rows[19:])
+    best = (min if metrics is not accuracy else max)(float(v[i]) for v in rows[k-1:])
     assert float(rows[-1][i])==pytest.approx(best)
     assert len(learn.recorder.iters)==len(rows)
     learn.recorder.plot_loss()
@@ -250,11 +251,11 @@ def test_never_below_the_probe(dls, metrics, monkeypatch):
 def test_nan_ends_the_fit_with_the_best_weights(dls, monkeypatch):
     class Blow(Callback):
         def after_pred(self):
-            if self.training and self.epoch>=20: self.learn.pred = self.pred*float('nan')
+            if self.training and self.epoch>=k: self.learn.pred = self.pred*float('nan')
     learn = ours(dls)
     learn.fit_strategy('auto', 3, cbs=Blow())
     assert all(torch.isfinite(v).all() for v in learn.model.state_dict().values() if v.is_floating_point())
-    probe = float(learn.recorder.values[19][-1])
+    probe = float(learn.recorder.values[k-1][-1])
     assert learn.validate()[-1]==pytest.approx(probe)
 
 def test_auto_goes_back_and_slows_down(dls, monkeypatch):
@@ -263,7 +264,7 @@ def test_auto_goes_back_and_slows_down(dls, monkeypatch):
     monkeypatch.setattr(st._AutoRates, '_is_worse', lambda self, learn: True)
     learn,spy = ours(dls),Spy()
     learn.fit_strategy('auto', 3, cbs=spy)
-    assert learn.auto_evidence.history[0]==20 and learn.auto_evidence.lrs[0]<3.
+    assert learn.auto_evidence.history[0]==k and learn.auto_evidence.lrs[0]<3.
     assert 'went back' in repr(learn.auto_evidence)
 
 def test_worse_means_worse_by_more_than_chance(dls):
@@ -280,7 +281,7 @@ def test_monitor_and_direction(dls):
     assert learn.auto_evidence.monitor=='error_rate'
     learn.fit_strategy('auto', 1, monitor='accuracy', comp=np.less) # somebody who wants the worst
     rows = [float(v[2]) for v in learn.recorder.values]
-    assert rows[-1]==min(rows[19:])
+    assert rows[-1]==min(rows[k-1:])
 
 # ---- evidence changes nothing
 
