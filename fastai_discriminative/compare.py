@@ -287,14 +287,14 @@ def _share_threads():
     n = joblib.effective_n_jobs(joblib.Parallel().n_jobs)
     return None if n<2 else max(1, (os.cpu_count() or 1)//n)
 
-# %% ../nbs/11_compare.ipynb #89633d07
-def _run_jobs(res, todo, fname):
-    "Run the jobs `todo`, functions without arguments, and put what they return into `res`, each as it is done"
+# %% ../nbs/11_compare.ipynb #42df44bf
+def _run_jobs(res, todo, fname, bar):
+    "Run the jobs `todo`, functions and their arguments, and put what they return into `res`, each as it is done"
     done = joblib.Parallel(return_as='generator_unordered')(joblib.delayed(f)(*a) for f,*a in todo)
-    bar = progress_bar(done, total=len(todo), leave=False)
-    for j in bar:
+    jobs = progress_bar(done, total=len(todo), leave=False, display=bar)
+    for j in jobs:
         res.jobs.append(j)
-        bar.comment = f"{j['strategy']}, seed {j['seed']}"
+        jobs.comment = f"{j['strategy']}, seed {j['seed']}"
         if fname is not None: res.save(fname)
     _check_start(res)
 
@@ -313,7 +313,7 @@ def _epochs_within(res, name, seconds):
     longest = max(b-a for a,b in zip(ts, ts[1:]))
     return max(1, 1+math.floor((seconds-ts[-1])/max(longest, 1e-9)))
 
-# %% ../nbs/11_compare.ipynb #930eda1d
+# %% ../nbs/11_compare.ipynb #10e4505f
 def compare_strategies(
     make_learner, # Function without arguments that makes a new `Learner`, its data included
     strategies, # Names, or a dict: name -> name, `Strategy`, list of `Phase`, or function of `(learner, n_epoch, cbs)` that trains
@@ -323,7 +323,8 @@ def compare_strategies(
     reference:str|None=None, # Strategy to compare with; `'fastai'` if it is there, else the first
     monitor:str|None=None, # Metric to compare and for `auto` to keep the best of; the first metric if `None`
     fname:str|Path|None=None, # File for finished fits (JSON); what is in it is not run again
-    score=None # Function of the trained learner that returns a dict of further numbers, such as metrics on a test set; not timed
+    score=None, # Function of the trained learner that returns a dict of further numbers, such as metrics on a test set; not timed
+    bar:bool=True # Show a progress bar over the fits?
 )->StrategyComparison: # With `results`, `table()`, `plot()`, `failures`
     "Train a new learner by each strategy with each seed, from the same start; raises `StrategyError` before anything runs, and records what fails later"
     named,n_epoch = _named(strategies),_n_epochs(n_epoch)
@@ -336,17 +337,17 @@ def compare_strategies(
     have = {(j['strategy'],j['seed']) for j in res.jobs}
     def _todo(names, n=lambda k: n_epoch):
         return [(_job, make_learner, k, named[k], s, n(k), monitor, score, _share_threads()) for s in seeds for k in names if (k,s) not in have]
-    if budget=='epochs': _run_jobs(res, _todo(named), fname)
-    else: _within_seconds(res, named, reference or ('fastai' if 'fastai' in named else next(iter(named))), _todo, fname)
+    if budget=='epochs': _run_jobs(res, _todo(named), fname, bar)
+    else: _within_seconds(res, named, reference or ('fastai' if 'fastai' in named else next(iter(named))), _todo, fname, bar)
     return res
 
-def _within_seconds(res, named, ref, todo, fname):
+def _within_seconds(res, named, ref, todo, fname, bar):
     "The reference first; then a trial epoch of each other strategy, and as many epochs of it as fit in the reference's time"
-    _run_jobs(res, todo([ref]), fname)
+    _run_jobs(res, todo([ref]), fname, bar)
     seconds = np.mean([j['rows'][-1]['train_s'] for j in res.jobs if j['strategy']==ref and j['rows']])
     others,tried = [k for k in named if k!=ref],{j['strategy'] for j in res.info.setdefault('trials', [])}
     trials = StrategyComparison(res.info['trials'])
     first = todo([k for k in others if k not in tried], lambda k: 1)
-    _run_jobs(trials, list({o[2]:o for o in reversed(first)}.values()), None)
+    _run_jobs(trials, list({o[2]:o for o in reversed(first)}.values()), None, bar)
     res.info['trials'] = trials.jobs
-    _run_jobs(res, todo(others, lambda k: _epochs_within(res, k, seconds)), fname)
+    _run_jobs(res, todo(others, lambda k: _epochs_within(res, k, seconds)), fname, bar)

@@ -10,7 +10,7 @@ under it that are measured on your model and your data, and never an end below i
 __all__ = ['StrategyError', 'Phase', 'StrategyRun', 'KeepBest', 'Strategy', 'register_strategy', 'list_strategies',
            'find_strategy', 'AutoEvidence']
 
-# %% ../nbs/08_strategies.ipynb #0a205075
+# %% ../nbs/08_strategies.ipynb #a124202c
 import inspect,math,warnings
 from contextlib import contextmanager
 from dataclasses import dataclass,field,replace
@@ -26,7 +26,8 @@ from .registry import _near
 from .groups import _clean,_html_table,_named_params,_text_table
 from .presets import PresetError
 from .optimizer import fused_adamw
-from .learner import TrueFreeze,_check_units,_combine_scheds,_effective_batch,_group_of,_Holding,_is_split,_one_input,_resolve_lr,_same_random
+from .learner import TrueFreeze,_check_units,_combine_scheds,_effective_batch,_group_of,_Holding
+from .learner import _is_split,_one_input,_resolve_lr,_same_random
 from .features import CachedFeatures,FeatureError,_all_rows_dl,_base_dl,_check_loader,_evaluating,_rehearsing
 
 # %% ../nbs/08_strategies.ipynb #45453a12

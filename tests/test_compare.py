@@ -1,5 +1,6 @@
 "Comparisons that are fair, that survive interrupts and failures, and that run on a cluster"
 import math,os
+from functools import partial
 from unittest.mock import patch
 
 import joblib,numpy as np,pandas as pd,pytest,torch
@@ -30,8 +31,8 @@ def by_hand(learn, n_epoch, cbs): learn.fit_one_cycle(n_epoch, 1e-2, cbs=cbs)
 
 def jobs(*rows):
     "Finished fits, by hand: `(strategy, seed, [(seconds, accuracy), ...])`"
-    return [dict(strategy=n, seed=s, n_epoch=len(r), start=1, error='', score={}, rows=[dict(epoch=i+1, train_s=t, train_loss=1., valid_loss=1-a, accuracy=a) for i,(t,a) in enumerate(r)])
-            for n,s,r in rows]
+    def _rows(r): return [dict(epoch=i+1, train_s=t, train_loss=1., valid_loss=1-a, accuracy=a) for i,(t,a) in enumerate(r)]
+    return [dict(strategy=n, seed=s, n_epoch=len(r), start=1, error='', score={}, rows=_rows(r)) for n,s,r in rows]
 
 # ---- fair
 
@@ -183,7 +184,8 @@ def test_processes_give_what_one_gives():
 
 def test_a_dask_cluster_of_two_workers():
     distributed = pytest.importorskip('distributed', reason='dask is not installed: it comes with the dev extra')
-    with patch.dict(os.environ), distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster):
+    local = partial(distributed.LocalCluster, n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+    with patch.dict(os.environ), local() as cluster, distributed.Client(cluster):
         with joblib.parallel_config(backend='dask'): c = compare_strategies(make, ['uniform','lp_ft'], 2, seeds=2)
     one = compare_strategies(make, ['uniform','lp_ft'], 2, seeds=2)
     np.testing.assert_allclose(c.results.valid_loss, one.results.valid_loss, rtol=1e-5)

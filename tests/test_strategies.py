@@ -1,16 +1,15 @@
 "Every strategy on every kind of learner; phases that are one fit; evidence that changes nothing; and an end that is never below the best"
-import pickle,warnings
+import pickle
 from copy import deepcopy
 
 import numpy as np,pytest,torch
 from PIL import Image
 from torch import nn
 
-from fastai.vision.all import (Adam,Callback,CancelFitException,CrossEntropyLossFlat,EarlyStoppingCallback,ImageDataLoaders,Learner,ParamScheduler,ProgressCallback,RMSProp,
-    SaveModelCallback,accuracy,error_rate,noop,set_seed,vision_learner)
+from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,EarlyStoppingCallback,ImageDataLoaders,Learner,ProgressCallback,RMSProp,SaveModelCallback,
+    accuracy,error_rate,noop,set_seed,vision_learner)
 from fastai_discriminative.all import *
 from fastai_discriminative import strategies as st
-from fastai_discriminative.learner import TrueFreeze
 
 names = [s.name for s in list_strategies()]
 k = st._cached_per_epoch # epochs of a head on cached features
