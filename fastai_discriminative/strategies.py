@@ -10,10 +10,11 @@ under it that are measured on your model and your data, and never an end below i
 __all__ = ['StrategyError', 'Phase', 'StrategyRun', 'KeepBest', 'Strategy', 'register_strategy', 'list_strategies',
            'find_strategy', 'AutoEvidence']
 
-# %% ../nbs/08_strategies.ipynb #a124202c
+# %% ../nbs/08_strategies.ipynb #0f9b3822
 import inspect,math,warnings
 from contextlib import contextmanager
 from dataclasses import dataclass,field,replace
+from itertools import islice
 
 from fastai.basics import *
 from fastai.callback.schedule import SchedCos,SchedLin
@@ -90,14 +91,15 @@ def _per_group(lr, n):
     lr = [float(o) for o in (lr if is_listy(lr) or isinstance(lr, np.ndarray) else [lr])]
     return lr*n if len(lr)==1 else lr
 
-# %% ../nbs/08_strategies.ipynb #4f87cf09
+# %% ../nbs/08_strategies.ipynb #cecf85db
 class StrategyRun(_Holding):
     "Runs phases within one fit; added by `fit_strategy`"
     order = 2 # after the model has gone to train mode, before `TrueFreeze` and `CachedFeatures`
     def __init__(self,
         phases:list, # Of `Phase`
-        cached:CachedFeatures|None=None # Callback for phases on cached features
-    ): self.phases,self.cached,self.at,self.peaks,self._norm,self.hps = phases,cached,None,None,None,{}
+        cached:CachedFeatures|None=None, # Callback for phases on cached features
+        close:bool=False # Forget the features when the last phase that uses them is over?
+    ): self.phases,self.cached,self.close,self.at,self.peaks,self._norm,self.hps = phases,cached,close,None,None,None,{}
 
     @property
     def phase(self)->Phase: # `None` before the first
@@ -121,7 +123,7 @@ class StrategyRun(_Holding):
 
     def after_fit(self): self.recorder.hps = self.hps
 
-# %% ../nbs/08_strategies.ipynb #6cca4d7b
+# %% ../nbs/08_strategies.ipynb #59ee89b1
 @patch
 def _settle(self:StrategyRun, p):
     "`p`, or the same on images if features cannot be kept"
@@ -133,7 +135,7 @@ def _settle(self:StrategyRun, p):
         self.cached._prefix(_one_input(self.learn))
         return p
     except FeatureError as e:
-        warnings.warn(f"This phase trains on images. {e}")
+        warnings.warn(f"A phase of {p.n_epoch} epochs on cached features trains on the data themselves, for {math.ceil(p.n_epoch/_cached_per_epoch)}. {e}")
         return replace(p, cached=False, n_epoch=math.ceil(p.n_epoch/_cached_per_epoch))
 
 @patch
@@ -145,6 +147,7 @@ def _enter(self:StrategyRun, i):
     self.opt.freeze_to(p.frozen)
     tf.train_norm = self._norm[1] if p.train_norm is None else p.train_norm
     if self.cached: self.cached.paused = not p.cached
+    if self.close and not any(o.cached for o in self.phases[i:]): self.cached.close()
     self._share,self._moms = _schedule(p.sched)
 
 # %% ../nbs/08_strategies.ipynb #06954954
@@ -307,7 +310,7 @@ def _as_strategy(o):
     if isinstance(o, str): return find_strategy(o)
     return [o] if isinstance(o, Phase) else o
 
-# %% ../nbs/08_strategies.ipynb #3f9b5b84
+# %% ../nbs/08_strategies.ipynb #ee34605c
 @patch
 def fit_strategy(self:Learner,
     strategy='auto', # Name, `Strategy`, or list of `Phase`
@@ -323,6 +326,7 @@ def fit_strategy(self:Learner,
     s,cbs = _as_strategy(strategy),L(cbs)
     if isinstance(s, Strategy):
         _n_epochs(n_epoch)
+        if s.fit and start_epoch: raise StrategyError(f"{s.name!r} is no list of phases, so it cannot go on in the middle. Leave out `start_epoch`.")
         if s.fit: return s.fit(self, n_epoch, cbs=cbs, wd=wd)
         if s.keep_best: _check_valid(self, s)
     _ready(self)
@@ -336,7 +340,7 @@ def _check_valid(learn, s):
 def _fit_phases(learn, phases, keep_best, wd, cbs, monitor, comp, start_epoch):
     own = next((o for o in cbs if isinstance(o, CachedFeatures)), None)
     cached = own or (CachedFeatures() if any(p.cached for p in phases) else None)
-    run = StrategyRun(phases, cached)
+    run = StrategyRun(phases, cached, close=cached is not own)
     extra = [run] + [cached]*(cached is not own) + [KeepBest(monitor, comp)]*keep_best
     try: learn.fit(sum(p.n_epoch for p in phases), wd=wd, cbs=[*extra, *cbs], start_epoch=start_epoch)
     finally:
@@ -452,14 +456,17 @@ def _lp_ft(n_epoch, preset, groups):
     gentle = replace(preset, head_mult=1.)
     return [_lp(preset), Phase(n_epoch, gentle, train_norm='running')]
 
-# %% ../nbs/08_strategies.ipynb #34b23b76
-def _some_batches(learn, n, seed=0):
-    "`n` batches of the training images, drawn and transformed by random numbers of their own"
-    dl = _base_dl(learn.dls.train)
+# %% ../nbs/08_strategies.ipynb #81b18b37
+def _some_batches(learn, n, i=0, seed=0):
+    "`n` batches of loader `i`, drawn and transformed by random numbers of their own"
+    dl = _base_dl(learn.dls.loaders[i])
     with _same_random():
         set_seed(seed)
-        idxs = np.random.permutation(len(dl.dataset))[:n*dl.bs].tolist()
-        return [learn._set_device(b) for b in _all_rows_dl(dl, idxs)]
+        try:
+            _check_loader(dl)
+            dl = _all_rows_dl(dl, np.random.permutation(len(dl.dataset))[:n*dl.bs].tolist())
+        except FeatureError: pass # its items have no numbers
+        return [learn._set_device(b) for b in islice(dl, n)]
 
 @contextmanager
 def _looking(learn):
@@ -470,10 +477,12 @@ def _looking(learn):
     finally:
         for p,g in grads.items(): p.grad = g
 
-# %% ../nbs/08_strategies.ipynb #2c3d018e
+# %% ../nbs/08_strategies.ipynb #a64a57cf
+def _inputs(learn, b): return b[:getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)]
+
 def _loss(learn, b):
-    ni = getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-    return learn.loss_func(learn.model(*b[:ni]), *b[ni:])
+    xb = _inputs(learn, b)
+    return learn.loss_func(learn.model(*xb), *b[len(xb):])
 
 def _gradients(learn, batches):
     "Mean gradient of the loss over `batches`, by name, of the parameters that train"
@@ -482,9 +491,10 @@ def _gradients(learn, batches):
         for b in batches: (_loss(learn, b)/len(batches)).backward()
         return {n:p.grad.detach().clone() for n,p in _named_params(learn.model).items() if p.grad is not None}
 
+# %% ../nbs/08_strategies.ipynb #050ba96a
 def _norm(ts): return math.sqrt(sum(float(t.detach().float().pow(2).sum()) for t in ts))
 
-# %% ../nbs/08_strategies.ipynb #19411176
+# %% ../nbs/08_strategies.ipynb #93ca3776
 @patch
 def grad_ratios(self:Learner,
     n_batches:int=2, # Training batches to measure on
@@ -492,7 +502,7 @@ def grad_ratios(self:Learner,
     "Norm of the gradient over norm of the weights, for each layer group (Lee et al. 2023, arXiv:2210.11466); nothing is changed"
     _ready(self)
     groups,ps = self.splitter.find(self.model),_named_params(self.model)
-    grads = _gradients(self, _some_batches(self, n_batches, getattr(self, 'epoch', 0)))
+    grads = _gradients(self, _some_batches(self, n_batches, seed=getattr(self, 'epoch', 0)))
     return [_norm(grads[n] for n in g.param_names if n in grads)/max(1e-12, _norm(ps[n] for n in g.param_names)) for g in groups]
 
 class _AutoRGN:
@@ -589,7 +599,7 @@ def _trial(learn, lrs, batches, shares):
                 losses.append(sum(float(_loss(learn, b)) for b in batches[k:])/(len(batches)-k))
     return ratios,losses
 
-# %% ../nbs/08_strategies.ipynb #2248dfdb
+# %% ../nbs/08_strategies.ipynb #09e5697c
 @dataclass(repr=False)
 class AutoEvidence:
     "What `auto` saw before it moved the body, and what it chose"
@@ -603,15 +613,15 @@ class AutoEvidence:
     names:list # Of the groups
     history:list=field(default_factory=list) # Epochs after which it went back to the best weights
 
-    def _rows(self): return [(n, '' if math.isnan(s) else f'{s:.2f}', f'{r:.2g}', f'{lr:.2g}') for n,s,r,lr in zip(self.names, self.shifts, self.grad_ratios, self.lrs)]
+    def _rows(self): return [(n, '' if math.isnan(s) else f'{s:.2f}', '' if math.isnan(r) else f'{r:.2g}', f'{lr:.2g}') for n,s,r,lr in zip(self.names, self.shifts, self.grad_ratios, self.lrs)]
     def _title(self):
         back = f"; went back after epoch {', '.join(map(str, self.history))}" if self.history else ''
-        steps = ', '.join(f'{k:g}: {v:.3f}' for k,v in self.trial.items())
+        steps = ', '.join(f'{k:g}: {v:.3f}' for k,v in self.trial.items()) or 'not tried, training is too short'
         return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Loss after a share of one step: {steps}. Norm layers: {self.train_norm!r}{back}."
     def __repr__(self): return f"{self._title()}\n{_text_table(('group','norm shift','gradient/weight','lr'), self._rows())}"
     def _repr_html_(self): return f"<p>{self._title()}</p>{_html_table(('group','norm shift','gradient/weight','lr'), self._rows())}"
 
-# %% ../nbs/08_strategies.ipynb #d4bcc9eb
+# %% ../nbs/08_strategies.ipynb #b49fedcd
 _shares = 0.,.1,.3,1.
 
 def _pick_share(losses, shares=_shares, tol=.25):
@@ -621,7 +631,7 @@ def _pick_share(losses, shares=_shares, tol=.25):
 
 class _AutoRates:
     "Rates for the body, measured at the first epoch; lower after an epoch that ended clearly below the best"
-    def __init__(self, preset): self.preset,self.lrs = preset,None
+    def __init__(self, preset, n_epoch): self.preset,self.n_epoch,self.lrs = preset,n_epoch,None
     def __call__(self, learn, epoch):
         if epoch==0 or self.lrs is None: self.lrs = self._measure(learn)
         elif self._is_worse(learn): self.lrs = self._step_back(learn)
@@ -632,35 +642,30 @@ class _AutoRates:
         hi = self.preset.head_lr/20
         return replace(self.preset, lr_low=hi*min(.1, self.preset.ratio), lr_high=hi, head_mult=1.).lrs(groups)
 
-# %% ../nbs/08_strategies.ipynb #e8ddf2d4
+# %% ../nbs/08_strategies.ipynb #fa026736
 @patch
 def _measure(self:_AutoRates, learn):
     "Look at the model and the data; the rates that follow"
-    k = 1 if learn.n_epoch*len(learn.dls.train)<200 else 2 # batches for each question
-    groups,train = learn.splitter.find(learn.model),_some_batches(learn, 2*k)
-    ni = getattr(learn.dls, 'n_inp', 1)
-    top,shifts = self._top(groups),_norm_shifts(learn, [train[0][:ni]])
-    ratios,losses = _trial(learn, top, train, _shares)
-    lrs = (top*_pick_share(losses)).tolist()
-    run = getattr(learn, 'strategy_run', None)
-    norm = 'group' if _batch_stats_win(learn, _valid_batches(learn, k)) else 'running'
-    if run is not None: learn.true_freeze.train_norm = norm
-    where = {n:i for i,g in enumerate(groups) for n in g.param_names}
-    by = [[s for n,s in shifts.items() if _group_of(n, where)==i] for i in range(len(groups))]
-    kb = getattr(learn, 'keep_best', None)
-    learn.auto_evidence = AutoEvidence(kb.value if kb else float('nan'), kb.monitor if kb else '', [float(np.mean(o)) if o else float('nan') for o in by],
-        ratios, dict(zip(_shares, losses)), lrs, norm, groups.names)
+    k = min(2, int(.06*self.n_epoch*len(learn.dls.train)/3.3)) # batches for each question
+    groups,train,valid = learn.splitter.find(learn.model),_some_batches(learn, 2*k),_some_batches(learn, k, 1)
+    top,norm,shifts,ratios,losses = self._top(groups),'running',{},[float('nan')]*len(groups),[]
+    if k:
+        shifts,norm = _norm_shifts(learn, [_inputs(learn, train[0])]),'group' if _batch_stats_win(learn, valid) else 'running'
+        ratios,losses = _trial(learn, top, train, _shares)
+    lrs = (top*(_pick_share(losses) if k else .3)).tolist()
+    if hasattr(learn, 'strategy_run'): learn.true_freeze.train_norm = norm
+    learn.auto_evidence = _evidence(learn, groups, shifts, ratios, losses, lrs, norm)
     return lrs
 
-def _valid_batches(learn, n):
-    "The first `n` batches of validation images in an order of their own"
-    dl = _base_dl(learn.dls.valid)
-    with _same_random():
-        set_seed(0)
-        idxs = np.random.permutation(len(dl.dataset))[:n*dl.bs].tolist()
-        return [learn._set_device(b) for b in _all_rows_dl(dl, idxs)]
+# %% ../nbs/08_strategies.ipynb #c95e536c
+def _evidence(learn, groups, shifts, ratios, losses, lrs, norm):
+    "Everything that was seen, by group"
+    where,kb = {n:i for i,g in enumerate(groups) for n in g.param_names},getattr(learn, 'keep_best', None)
+    by = [[s for n,s in shifts.items() if _group_of(n, where)==i] for i in range(len(groups))]
+    means = [float(np.mean(o)) if o else float('nan') for o in by]
+    return AutoEvidence(kb.value if kb else float('nan'), kb.monitor if kb else '', means, ratios, dict(zip(_shares, losses)), lrs, norm, groups.names)
 
-# %% ../nbs/08_strategies.ipynb #badd7ed8
+# %% ../nbs/08_strategies.ipynb #f9d3a66c
 @patch
 def _is_worse(self:_AutoRates, learn):
     "Did the last epoch end below the best by more than chance?"
@@ -685,4 +690,4 @@ def _step_back(self:_AutoRates, learn):
 def _auto(n_epoch, preset, groups):
     "The head to its end, then rates measured on this model and data, never below the head alone: what to use where nothing else is known."
     if preset.regime=='random': return [Phase(n_epoch, preset)]
-    return [_lp(preset), Phase(n_epoch, _AutoRates(preset), train_norm='running')]
+    return [_lp(preset), Phase(n_epoch, _AutoRates(preset, n_epoch), train_norm='running')]

@@ -186,7 +186,7 @@ def test_features_that_cannot_be_kept(dls, monkeypatch):
     def _refuse(self, xb): raise FeatureError('No features here.')
     monkeypatch.setattr(CachedFeatures, '_prefix', _refuse)
     learn = ours(dls)
-    with pytest.warns(UserWarning, match='trains on images'): learn.fit_strategy('lp_ft', 2)
+    with pytest.warns(UserWarning, match='trains on the data themselves'): learn.fit_strategy('lp_ft', 2)
     assert len(learn.recorder.values)==1+2
 
 def test_a_cache_of_ones_own(dls):
@@ -259,18 +259,24 @@ def test_nan_ends_the_fit_with_the_best_weights(dls, monkeypatch):
 
 def test_auto_goes_back_and_slows_down(dls, monkeypatch):
     monkeypatch.setattr(st._AutoRates, '_top', lambda self, groups: np.full(len(groups), 3.))
-    monkeypatch.setattr(st, '_pick_share', lambda losses: 1.)
     monkeypatch.setattr(st._AutoRates, '_is_worse', lambda self, learn: True)
     learn,spy = ours(dls),Spy()
     learn.fit_strategy('auto', 3, cbs=spy)
     assert learn.auto_evidence.history[0]==k and learn.auto_evidence.lrs[0]<3.
     assert 'went back' in repr(learn.auto_evidence)
 
+def test_a_short_training_is_not_spent_on_evidence(dls):
+    learn = ours(dls)
+    learn.fit_strategy('auto', 1)
+    assert not learn.auto_evidence.trial and 'too short' in repr(learn.auto_evidence)
+    learn.fit_strategy('auto', 20)
+    assert list(learn.auto_evidence.trial)==[0.,.1,.3,1.]
+
 def test_worse_means_worse_by_more_than_chance(dls):
     learn,seen = ours(dls),[]
     class Look(Callback):
         order = 62
-        def after_epoch(self): seen.append((st._AutoRates(None)._is_worse(self.learn), float(self.recorder.values[-1][-1]), self.learn.keep_best.value))
+        def after_epoch(self): seen.append((st._AutoRates(None, 1)._is_worse(self.learn), float(self.recorder.values[-1][-1]), self.learn.keep_best.value))
     learn.fit_strategy('auto', 2, cbs=Look())
     assert not any(w for w,now,best in seen if now==best)
 
@@ -294,7 +300,8 @@ def test_looking_changes_nothing(dls, arch, opt_func):
     modes,order = [m.training for m in learn.model.modules()],dls.train.rng.getstate()
     moments = deepcopy(learn.opt.state_dict())
     ratios = learn.grad_ratios()
-    st._AutoRates(learn.preset)._measure(learn)
+    st._AutoRates(learn.preset, 30)._measure(learn)
+    assert learn.auto_evidence.trial
     assert len(ratios)==len(learn.layer_groups) and all(r>0 for r in ratios)
     assert same(start, weights(learn)) and torch.equal(rng, torch.get_rng_state()) and dls.train.rng.getstate()==order
     assert [m.training for m in learn.model.modules()]==modes
@@ -321,7 +328,7 @@ def test_shift_of_norm_statistics(dls):
 def test_statistics_of_batches_where_the_running_ones_are_nonsense(dls):
     learn = ours(dls)
     learn.fit_strategy('feature_extraction', 1)
-    batches = st._valid_batches(learn, 1)
+    batches = st._some_batches(learn, 1, 1)
     assert not st._batch_stats_win(ours(dls, 'test_vit'), batches)
     for m in learn.model[0].modules():
         if isinstance(m, nn.BatchNorm2d): m.running_mean.fill_(100.)
@@ -343,6 +350,7 @@ def test_mistakes_are_named_before_anything_moves(dls):
         (lambda: learn.fit_strategy([]), 'list of `Phase`'), (lambda: learn.fit_strategy([1]), 'list of `Phase`'), (lambda: Phase(0), 'at least 1'), (lambda: Phase(1, sched='cosine'), 'Unknown schedule'),
         (lambda: learn.fit_strategy(Phase(1, frozen=n)), 'trains nothing'), (lambda: learn.fit_strategy(Phase(1, frozen=-n-1)), f'{n} groups'),
         (lambda: learn.fit_strategy(Phase(1, cached=True)), 'nothing is frozen'), (lambda: learn.fit_strategy([Phase(1), Phase(1), Phase(1)], 2), '3 phases take 3 epochs'),
+        (lambda: learn.fit_strategy('fastai', 1, start_epoch=1), 'go on in the middle'),
         (lambda: learn.fit_strategy('auto', 1, monitor='acuracy'), "Did you mean 'accuracy'")]:
         with pytest.raises(StrategyError) as e: f()
         assert what in str(e.value), (what, str(e.value))
