@@ -2,12 +2,12 @@
 
     python benchmarks/bench_strategies.py [small_cnn] [small_vit] [large_cnn] [regret] [--jobs 2] [--plot]
 
-Each part is a set of calls of `compare_strategies`, kept in `results/strategies/*.json`; run again, it goes on where it stopped. `--jobs` processes, one thread each. `--plot` only draws what is there.
+Each part is a set of calls of `compare_strategies`, kept in `results/strategies/*.json`; run again, it goes on where it stopped. `--jobs` processes, one thread each. `--plot` only draws what is there, `--summary` puts it beside the bars of the issue.
 The learner is stock `vision_learner`, which the strategies split, so that `fastai` is fastai's own `fine_tune`: 64 px for EfficientNet-Lite0, 70 px for the ViT-S/14, batches of 32, flips, small rotations, zooms and light.
 Each set is split once: images to train on, images to validate on, on which `auto` chooses its best epoch, and as many to test on, which no fit sees (`test`).
 `auto` was designed on the set `stamps`, on first looks at the issue's three sets with other splits and seeds (21-23, 31, 41), and with the rates of published recipes; the splits here are new to it.
 """
-import argparse,sys
+import argparse,json,sys
 from dataclasses import replace
 from functools import lru_cache,partial
 from pathlib import Path
@@ -94,10 +94,43 @@ def compare_sweep(name, data, arch, seeds):
 
 parts = dict(small_cnn=small_cnn, small_vit=small_vit, large_cnn=large_cnn, regret=regret)
 
+def read(part):
+    "Comparisons of `part`, by set"
+    return {f.stem.split('-')[-1]:StrategyComparison.load(f) for f in sorted(out.glob(f'{part}-*.json'))}
+
+def errors(c, name, metric): return 1-c.table(metric)[metric][name]
+
+def part_summary(cs):
+    "How `auto` compares in the comparisons `cs`, one a set"
+    named = {k:[n for n in c.names if n not in ('auto','fastai')] for k,c in cs.items()}
+    best = {k:max(named[k], key=lambda n: c.table().accuracy[n]) for k,c in cs.items()}
+    ratio = lambda m: float(np.mean([errors(c, 'auto', m) for c in cs.values()])/np.mean([errors(c, 'fastai', m) for c in cs.values()]))
+    times = lambda pick: [t for k,c in cs.items() for t in c.times_to_reference(pick(k)).values()]
+    jobs = [j for c in cs.values() for j in c.jobs if j['strategy']=='auto']
+    head = 10 # epochs on cached features
+    return dict(best_named=best, behind_best_named={k:float(c.table().accuracy[best[k]]-c.table().accuracy['auto']) for k,c in cs.items()},
+        behind_best_named_test={k:float(c.table('test').test[best[k]]-c.table('test').test['auto']) for k,c in cs.items()},
+        error_ratio=ratio('accuracy'), error_ratio_test=ratio('test'), below_probe=sum(j['rows'][-1]['accuracy']<j['rows'][head-1]['accuracy'] for j in jobs), fits=len(jobs),
+        time_auto=float(np.median(times(lambda k: 'auto'))), time_best_named=float(np.median(times(lambda k: best[k]))),
+        time_quickest={k:min(((float(np.median(list(c.times_to_reference(o).values()))),o) for o in named[k])) for k,c in cs.items()})
+
+def regret_summary(c):
+    t = c.table()
+    best = t.accuracy.drop('preset').idxmax()
+    return dict(preset=float(t.accuracy['preset']), best=best, best_accuracy=float(t.accuracy[best]), regret=float(t.accuracy[best]-t.accuracy['preset']),
+        test=float(c.table('test').test[best]-c.table('test').test['preset']))
+
+def summary():
+    "The issue's bars, from what is there"
+    res = {p:part_summary(cs) for p in ('small-lite0','small-vit','large-lite0') if (cs := read(p))}
+    res['regret'] = {f'{a}-{k}':regret_summary(c) for a in ('lite0','vit') for k,c in read(f'regret-{a}').items()}
+    (out/'summary.json').write_text(json.dumps(res, indent=1)+'\n')
+    print(json.dumps(res, indent=1))
+
 def draw():
     "The plot of each comparison"
     for f in sorted(out.glob('*-*.json')):
-        if f.name.startswith('regret'): continue
+        if f.name.startswith('regret') or f.stem=='summary': continue
         c = StrategyComparison.load(f)
         ax = c.plot()
         ax.set_title(f"{c.info['arch']}, {c.info['data']}, {c.info['n_train'] or 'all'} images, {c.info['n_epoch']} epochs")
@@ -108,10 +141,12 @@ def main():
     ap.add_argument('parts', nargs='*', choices=[*parts, []], default=list(parts))
     ap.add_argument('--jobs', type=int, default=2)
     ap.add_argument('--plot', action='store_true')
+    ap.add_argument('--summary', action='store_true')
     args = ap.parse_args()
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if args.plot: draw()
+    elif args.summary: summary()
     else:
         with joblib.parallel_config(n_jobs=args.jobs):
             for o in args.parts: parts[o]()

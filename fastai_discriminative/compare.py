@@ -94,7 +94,7 @@ def _job(make_learner, name, strategy, seed, n_epoch, monitor, score, n_threads)
         except Exception as e: res['error'] = f'{type(e).__name__}: {e}'
     return {**res, 'rows':clock.rows}
 
-# %% ../nbs/11_compare.ipynb #64cee139
+# %% ../nbs/11_compare.ipynb #5a73c968
 def _interval(x):
     "Mean of `x` and half the width of its 95 % interval; `nan` for fewer than two values"
     from scipy.stats import t
@@ -125,9 +125,10 @@ class StrategyComparison:
 
     @property
     def metric(self)->str:
-        "The metric of tables and plots"
-        if self._metric: return self._metric
+        "The metric of tables and plots; raises `StrategyError` for one that no fit has"
         row = next((j['rows'][-1] for j in self.jobs if j['rows']), {})
+        if self._metric and row and self._metric not in row: raise StrategyError(f"No metric {self._metric!r}.{_near(self._metric, row)} There are: {', '.join(list(row)[2:])}.")
+        if self._metric: return self._metric
         return next((k for k in row if k not in ('epoch','train_s','train_loss','valid_loss')), 'valid_loss')
 
     @property
@@ -202,16 +203,15 @@ def table(self:StrategyComparison,
     k = metric or self.metric
     return pd.DataFrame([self._table_row(n, k, self._last(self.reference, k)) for n in self.names]).set_index('strategy')
 
-# %% ../nbs/11_compare.ipynb #200fe9fa
+# %% ../nbs/11_compare.ipynb #b2364c44
 _palette = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split() # Okabe and Ito's, which colour-blind people can tell apart
 
 @patch
 def _curve(self:StrategyComparison, name):
     "Mean training seconds, mean metric and half the interval, epoch by epoch"
     js = [j['rows'] for j in self.jobs if j['strategy']==name and not j['error'] and j['rows']]
-    n = min(map(len, js))
-    x = [np.mean([r[i]['train_s'] for r in js]) for i in range(n)]
-    return x, *zip(*[_interval([r[i][self.metric] for r in js]) for i in range(n)])
+    rows = [[r[min(i, len(r)-1)] for r in js] for i in range(max(map(len, js)))] # a fit that stopped early stays where it was
+    return [np.mean([r['train_s'] for r in o]) for o in rows], *zip(*[_interval([r[self.metric] for r in o]) for o in rows])
 
 @patch
 def plot(self:StrategyComparison,
@@ -261,7 +261,7 @@ def load(cls:StrategyComparison,
     except FileNotFoundError: raise
     except (ValueError,KeyError,TypeError) as e: raise StrategyError(f"{str(fname)!r} holds no comparison ({type(e).__name__}: {e}). Name another file, or move it away.") from e
 
-# %% ../nbs/11_compare.ipynb #bcb35de3
+# %% ../nbs/11_compare.ipynb #dfa7adfa
 def _named(strategies):
     "Name -> `Strategy`, list of phases or function, from names, strategies or a dict"
     if isinstance(strategies, (str,Strategy)): strategies = [strategies]
@@ -275,6 +275,7 @@ def _named(strategies):
 
 def _resume(fname, info, metric, reference):
     "The comparison in file `fname`, checked against `info`, or an empty one"
+    if fname is not None and not Path(fname).parent.is_dir(): raise StrategyError(f"There is no folder {str(Path(fname).parent)!r} for the file of results.")
     if fname is None or not Path(fname).exists(): return StrategyComparison([], metric, reference, info)
     res = StrategyComparison.load(fname)
     for k in ('n_epoch','budget'):
@@ -287,14 +288,14 @@ def _share_threads():
     n = joblib.effective_n_jobs(joblib.Parallel().n_jobs)
     return None if n<2 else max(1, (os.cpu_count() or 1)//n)
 
-# %% ../nbs/11_compare.ipynb #42df44bf
+# %% ../nbs/11_compare.ipynb #c5080bf3
 def _run_jobs(res, todo, fname, bar):
     "Run the jobs `todo`, functions and their arguments, and put what they return into `res`, each as it is done"
     done = joblib.Parallel(return_as='generator_unordered')(joblib.delayed(f)(*a) for f,*a in todo)
-    jobs = progress_bar(done, total=len(todo), leave=False, display=bar)
+    jobs = progress_bar(done, total=len(todo), leave=False) if bar and todo else done
     for j in jobs:
         res.jobs.append(j)
-        jobs.comment = f"{j['strategy']}, seed {j['seed']}"
+        if jobs is not done: jobs.comment = f"{j['strategy']}, seed {j['seed']}"
         if fname is not None: res.save(fname)
     _check_start(res)
 

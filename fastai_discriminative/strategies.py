@@ -169,15 +169,16 @@ def before_batch(self:StrategyRun):
     self.opt.set_hyper('lr', [o*share for o in self.peaks])
     if 'mom' in self.hps: self.opt.set_hyper('mom', float(self._moms(pct)) if self._moms else self._mom)
 
-# %% ../nbs/08_strategies.ipynb #45ac0363
+# %% ../nbs/08_strategies.ipynb #6d182bf7
 @patch
 def release(self:StrategyRun):
     "Give the learner its own choice of norm layers back; called when a fit is over, however it ended"
     super(StrategyRun, self).release()
     if self._norm is not None: self._norm[0].train_norm = self._norm[1]
+    if self.cached: self.cached.paused = False
     self._norm,self.at = None,None
 
-# %% ../nbs/08_strategies.ipynb #d1babe3f
+# %% ../nbs/08_strategies.ipynb #a71716da
 class KeepBest(_Holding):
     "Keep the weights of the best epoch, and put them back when the fit is over or interrupted; added by `fit_strategy` for strategies that ask for it"
     order = 59 # after `Recorder`, before `ProgressCallback`, which writes the rows
@@ -197,18 +198,19 @@ class KeepBest(_Holding):
 
     def before_fit(self):
         names = list(self.recorder.metric_names[1:])
-        self.monitor = self.monitor or next((o for o in names[2:] if o!='time'), 'valid_loss')
-        if self.monitor not in names or self.monitor=='time': raise StrategyError(f"No metric {self.monitor!r} to keep the best of.{_near(self.monitor, names)} There are: {', '.join(names[:-1])}.")
+        self._loss = names.index('valid_loss') if 'valid_loss' in names else -1
+        self.monitor = self.monitor or next((o for o in names[self._loss+1:] if o!='time'), 'valid_loss')
+        if self._loss<0 or self.monitor not in names or self.monitor=='time': raise StrategyError(f"No metric {self.monitor!r} to keep the best of.{_near(self.monitor, names)} There are: {', '.join(names[:-1])}.")
         if self.comp is None: self.comp = np.less if 'loss' in self.monitor or 'error' in self.monitor else np.greater
         self._i,self.best = names.index(self.monitor),None
 
-# %% ../nbs/08_strategies.ipynb #d80f5683
+# %% ../nbs/08_strategies.ipynb #10981ef2
 @patch
 def after_epoch(self:KeepBest):
     row = self.recorder.values[-1]
     run = getattr(self.learn, 'strategy_run', None)
     if run is None or len(row)<=self._i or (run.phase is not None and run.phase.cached and not run.is_boundary): return
-    now = float(row[self._i]),float(row[1])
+    now = float(row[self._i]),float(row[self._loss])
     if not self._is_better(now, self.best): return
     self.best,self._epoch,self._row = now,self.epoch,row
     self._state = self.learn.model,{k:v.detach().to('cpu', copy=True) for k,v in self.learn.model.state_dict().items()}

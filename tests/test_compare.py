@@ -139,6 +139,8 @@ def test_save_and_load(tmp_path):
     (tmp_path/'other.json').write_text('[1]')
     with pytest.raises(StrategyError, match='no comparison'): StrategyComparison.load(tmp_path/'other.json')
     with pytest.raises(FileNotFoundError): StrategyComparison.load(tmp_path/'none.json')
+    with pytest.raises(StrategyError, match='no folder'): compare_strategies(make, ['uniform'], 1, seeds=1, fname=tmp_path/'nowhere'/'c.json')
+    with pytest.raises(StrategyError, match="Did you mean 'accuracy'"): StrategyComparison(c.jobs, metric='acuracy').table()
 
 def test_seconds_as_budget():
     c = compare_strategies(make, dict(slow=by_hand, fast='uniform'), 12, seeds=2, budget='seconds', reference='slow')

@@ -192,8 +192,17 @@ def test_features_that_cannot_be_kept(dls, monkeypatch):
 def test_a_cache_of_ones_own(dls):
     learn,cf = ours(dls),CachedFeatures(n_views=2)
     learn.fit_strategy('lp_ft', 1, cbs=cf)
-    assert cf.rows[0].n_views==2
+    assert cf.rows[0].n_views==2 and not cf.paused
     cf.close()
+
+def test_metrics_of_training_batches(dls):
+    learn = ours(dls)
+    learn.recorder.train_metrics = True
+    learn.fit_strategy('auto', 2)
+    names,rows = list(learn.recorder.metric_names[1:]),learn.recorder.values
+    assert learn.auto_evidence.monitor=='valid_accuracy'
+    i = names.index('valid_accuracy')
+    assert float(rows[-1][i])==max(float(v[i]) for v in rows[k-1:])
 
 # ---- n_epoch and phases
 
