@@ -94,7 +94,7 @@ def _job(make_learner, name, strategy, seed, n_epoch, monitor, score, n_threads)
         except Exception as e: res['error'] = f'{type(e).__name__}: {e}'
     return {**res, 'rows':clock.rows}
 
-# %% ../nbs/11_compare.ipynb #5a73c968
+# %% ../nbs/11_compare.ipynb #8433cf41
 def _interval(x):
     "Mean of `x` and half the width of its 95 % interval; `nan` for fewer than two values"
     from scipy.stats import t
@@ -132,13 +132,13 @@ class StrategyComparison:
         return next((k for k in row if k not in ('epoch','train_s','train_loss','valid_loss')), 'valid_loss')
 
     @property
-    def results(self)->'DataFrame': # Columns `strategy`, `seed`, `epoch`, `train_s`, losses, metrics; those of `score` in the last row of a fit
+    def results(self)->pd.DataFrame: # Columns `strategy`, `seed`, `epoch`, `train_s`, losses, metrics; those of `score` in the last row of a fit
         "A row for each epoch of each fit"
         rows = [dict(strategy=j['strategy'], seed=j['seed'], **r, **(j['score'] if r is j['rows'][-1] else {})) for j in self._in_order() for r in j['rows']]
         return pd.DataFrame(rows, columns=None if rows else ['strategy','seed','epoch','train_s'])
 
     @property
-    def failures(self)->'DataFrame': # Columns `strategy`, `seed`, `error`
+    def failures(self)->pd.DataFrame: # Columns `strategy`, `seed`, `error`
         "The fits that went wrong"
         return pd.DataFrame([{k:j[k] for k in ('strategy','seed','error')} for j in self._in_order() if j['error']], columns=['strategy','seed','error'])
 
@@ -181,7 +181,7 @@ def times_to_reference(self:StrategyComparison,
         res[j['seed']] = self._reached(j, end[self.metric])/end['train_s']
     return res
 
-# %% ../nbs/11_compare.ipynb #3c8f1eb6
+# %% ../nbs/11_compare.ipynb #00adb727
 @patch
 def _table_row(self:StrategyComparison, n, k, ref):
     "What `table` shows of strategy `n`: the last values of metric `k`, beside those of the reference, `ref`"
@@ -198,12 +198,12 @@ def _table_row(self:StrategyComparison, n, k, ref):
 @patch
 def table(self:StrategyComparison,
     metric:str|None=None # Another metric than that of the comparison
-)->'DataFrame': # One row a strategy
+)->pd.DataFrame: # One row a strategy
     "Mean and 95 % interval over seeds, training seconds, time to the reference's last value, and the paired difference from the reference"
     k = metric or self.metric
     return pd.DataFrame([self._table_row(n, k, self._last(self.reference, k)) for n in self.names]).set_index('strategy')
 
-# %% ../nbs/11_compare.ipynb #b2364c44
+# %% ../nbs/11_compare.ipynb #95398606
 _palette = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split() # Okabe and Ito's, which colour-blind people can tell apart
 
 @patch
@@ -217,9 +217,8 @@ def _curve(self:StrategyComparison, name):
 def plot(self:StrategyComparison,
     names:list|None=None, # Strategies to show; all if `None`
     ax=None # matplotlib's axes; a new figure if `None`
-)->'Axes': # The axes
+)->plt.Axes: # The axes
     "The metric against training time, with 95 % bands over seeds"
-    import matplotlib.pyplot as plt
     ax,metric = ax or plt.subplots(figsize=(7.5,4.5), layout='constrained')[1],self.metric
     for i,n in enumerate([o for o in names or self.names if self._last(o)]):
         x,m,h = self._curve(n)

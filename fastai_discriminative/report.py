@@ -92,7 +92,7 @@ def _moved(self:DistortionMeter, g):
     now,old = _named_params(self.learn.model),self._ref[0]
     return math.sqrt(_sum_sq(now[n]-old[n].to(now[n].device) for n in g.param_names)/max(1e-24, _sum_sq(old[n] for n in g.param_names)))
 
-# %% ../nbs/10_report.ipynb #bf62d463
+# %% ../nbs/10_report.ipynb #d668d0b9
 @patch
 def after_epoch(self:DistortionMeter):
     if not hasattr(self, '_grads'): return # a skipped epoch
@@ -102,11 +102,11 @@ def after_epoch(self:DistortionMeter):
         self.rows.append(dict(epoch=self._n_before+self.epoch+1, group=g.name, moved=self._moved(g), cka=same, gradients=ratio))
 
 @patch(as_prop=True)
-def results(self:DistortionMeter)->'DataFrame': # Columns `epoch`, `group`, `moved`, `cka`, `gradients`
+def results(self:DistortionMeter)->pd.DataFrame: # Columns `epoch`, `group`, `moved`, `cka`, `gradients`
     "One row for each epoch and group"
     return pd.DataFrame(self.rows, columns=['epoch','group','moved','cka','gradients'])
 
-# %% ../nbs/10_report.ipynb #c47e6ea0
+# %% ../nbs/10_report.ipynb #3215f2cd
 def _heat(ax, df, col, title, **kw):
     t = df.pivot(index='group', columns='epoch', values=col).reindex(list(dict.fromkeys(df.group)))
     m = ax.pcolormesh(np.append(t.columns, t.columns[-1]+1)-.5, np.arange(len(t)+1), np.ma.masked_invalid(t.values), rasterized=True, **kw)
@@ -116,9 +116,8 @@ def _heat(ax, df, col, title, **kw):
 
 @patch
 def plot(self:DistortionMeter
-)->'Figure': # matplotlib's figure
+)->plt.Figure: # matplotlib's figure
     "How far each group moved, what it still has in common with what it was, and the gradients' ratio, over epochs"
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
     df = self.results

@@ -348,7 +348,7 @@ def _fit_phases(learn, phases, keep_best, wd, cbs, monitor, comp, start_epoch):
     finally:
         if cached is not own: cached.close()
 
-# %% ../nbs/08_strategies.ipynb #340034ff
+# %% ../nbs/08_strategies.ipynb #54495b06
 def _picture(learn, phases, n=60):
     "Rates over time as an array (groups x columns) with `nan` where frozen, the columns' edges in epochs on images, and the phases' ends"
     cols,edges,ends = [],[0.],[]
@@ -370,9 +370,8 @@ def plot_strategy(self:Learner,
     strategy='auto', # Name, `Strategy`, or list of `Phase`
     n_epoch:int|None=None, # As in `fit_strategy`
     ax=None # matplotlib's axes; a new figure if `None`
-)->'Axes': # The axes
+)->plt.Axes: # The axes
     "Layer groups over time, coloured by learning rate; frozen ones are hatched. Rates that are measured are measured now"
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
     _ready(self)
     s = _as_strategy(strategy)
