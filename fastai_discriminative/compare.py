@@ -94,7 +94,7 @@ def _job(make_learner, name, strategy, seed, n_epoch, monitor, score, n_threads)
         except Exception as e: res['error'] = f'{type(e).__name__}: {e}'
     return {**res, 'rows':clock.rows}
 
-# %% ../nbs/11_compare.ipynb #8433cf41
+# %% ../nbs/11_compare.ipynb #dbf0c7fb
 def _interval(x):
     "Mean of `x` and half the width of its 95 % interval; `nan` for fewer than two values"
     from scipy.stats import t
@@ -103,6 +103,7 @@ def _interval(x):
 
 def _lower_is_better(metric): return 'loss' in metric or 'error' in metric
 
+# %% ../nbs/11_compare.ipynb #05c8d1dc
 class StrategyComparison:
     "What `compare_strategies` found; `save` and `load` keep it as JSON"
     def __init__(self,
@@ -111,6 +112,16 @@ class StrategyComparison:
         reference:str|None=None, # Strategy to compare with; `'fastai'` if it is there, else the first
         info:dict|None=None # How it was run
     ): self.jobs,self._metric,self._reference,self.info = list(jobs),metric,reference,dict(info or {})
+
+    @classmethod
+    def load(cls,
+        fname:str|Path # A file that `save` or `compare_strategies` wrote
+    )->'StrategyComparison': # With all that was saved
+        "Read what `save` wrote; raises `StrategyError` for a file that is something else"
+        try:
+            d = json.loads(Path(fname).read_text())
+            return cls(d['jobs'], d['metric'], d['reference'], d['info'])
+        except (ValueError,KeyError,TypeError) as e: raise StrategyError(f"{str(fname)!r} holds no comparison ({type(e).__name__}: {e}). Name another file, or move it away.") from e
 
     @property
     def names(self)->list:
@@ -137,20 +148,21 @@ class StrategyComparison:
         rows = [dict(strategy=j['strategy'], seed=j['seed'], **r, **(j['score'] if r is j['rows'][-1] else {})) for j in self._in_order() for r in j['rows']]
         return pd.DataFrame(rows, columns=None if rows else ['strategy','seed','epoch','train_s'])
 
-    @property
-    def failures(self)->pd.DataFrame: # Columns `strategy`, `seed`, `error`
-        "The fits that went wrong"
-        return pd.DataFrame([{k:j[k] for k in ('strategy','seed','error')} for j in self._in_order() if j['error']], columns=['strategy','seed','error'])
-
     def __repr__(self): return f'{self._title()}\n{self.table().to_string()}'
     def _repr_html_(self): return f'<p>{self._title()}</p>{self.table().to_html()}'
 
-# %% ../nbs/11_compare.ipynb #291e2d12
+# %% ../nbs/11_compare.ipynb #91e58bbd
 @patch
 def _in_order(self:StrategyComparison):
     at = {o:i for i,o in enumerate(self.names)}
     return sorted(self.jobs, key=lambda j: (at[j['strategy']], j['seed']))
 
+@patch(as_prop=True)
+def failures(self:StrategyComparison)->pd.DataFrame: # Columns `strategy`, `seed`, `error`
+    "The fits that went wrong"
+    return pd.DataFrame([{k:j[k] for k in ('strategy','seed','error')} for j in self._in_order() if j['error']], columns=['strategy','seed','error'])
+
+# %% ../nbs/11_compare.ipynb #8aad920c
 @patch
 def _title(self:StrategyComparison):
     bad = f", {len(self.failures)} failed" if len(self.failures) else ''
@@ -231,7 +243,7 @@ def plot(self:StrategyComparison,
     ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
-# %% ../nbs/11_compare.ipynb #9bb0a000
+# %% ../nbs/11_compare.ipynb #c5bf8c9e
 def _write(path, text):
     "Write `text` to `path`, whole or not at all"
     tmp = path.with_name(f'.{path.name}-{os.getpid()}')
@@ -248,17 +260,6 @@ def save(self:StrategyComparison,
     d = dict(info=self.info, metric=self._metric, reference=self._reference, jobs=self.jobs)
     _write(Path(fname), json.dumps(d, indent=1)+'\n')
     return Path(fname)
-
-@patch(cls_method=True)
-def load(cls:StrategyComparison,
-    fname:str|Path # A file that `save` or `compare_strategies` wrote
-)->StrategyComparison: # With all that was saved
-    "Read what `save` wrote; raises `StrategyError` for a file that is something else"
-    try:
-        d = json.loads(Path(fname).read_text())
-        return cls(d['jobs'], d['metric'], d['reference'], d['info'])
-    except FileNotFoundError: raise
-    except (ValueError,KeyError,TypeError) as e: raise StrategyError(f"{str(fname)!r} holds no comparison ({type(e).__name__}: {e}). Name another file, or move it away.") from e
 
 # %% ../nbs/11_compare.ipynb #dfa7adfa
 def _named(strategies):

@@ -256,13 +256,13 @@ class Strategy:
 
 _strategies = {}
 
-# %% ../nbs/08_strategies.ipynb #70bcc40a
+# %% ../nbs/08_strategies.ipynb #8b2566c7
 def register_strategy(
     name:str, # For `fit_strategy` and `compare_strategies`
     source:str='', # Where it comes from
     keep_best:bool=False, # Restore the best epoch's weights at the end? Needs a validation set
     fit=None # For a strategy that is no list of phases: a function of `(learner, n_epoch, **kwargs)`
-): # A decorator for a function of `(n_epoch, preset, groups)`, whose docstring says when to use it
+)->Callable: # A decorator for a function of `(n_epoch, preset, groups)`, whose docstring says when to use it
     "Make a function that returns phases a strategy by name; raises `StrategyError` if the name is taken by another function"
     def _f(f):
         old = _strategies.get(name)
@@ -312,7 +312,7 @@ def _as_strategy(o):
     if isinstance(o, str): return find_strategy(o)
     return [o] if isinstance(o, Phase) else o
 
-# %% ../nbs/08_strategies.ipynb #ee34605c
+# %% ../nbs/08_strategies.ipynb #158acb33
 @patch
 def fit_strategy(self:Learner,
     strategy='auto', # Name, `Strategy`, or list of `Phase`
@@ -322,7 +322,7 @@ def fit_strategy(self:Learner,
     monitor:str|None=None, # What `auto` keeps the best of: a metric or `'valid_loss'`; the first metric if `None`
     comp=None, # `np.greater` if more of it is better, `np.less` if not; found out by the name if `None`
     start_epoch:int=0 # Go on with this epoch of the whole fit, for example after an interrupt
-):
+)->None: # Nothing; the learner is trained in place
     "Fine-tune by a strategy, in one fit; raises `StrategyError` or `PresetError` before anything moves. A learner without layer groups is split first"
     if isinstance(strategy, int): strategy,n_epoch = 'auto',strategy
     s,cbs = _as_strategy(strategy),L(cbs)
