@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest,timm,torch
 from fastai.vision.all import Image,Learner,accuracy,load_learner,nn
 from fastai_discriminative import demo
+from fastai_discriminative.compare import TrainClock
 from fastai_discriminative.demo import *
 from fastai_discriminative.demo import _atomic
 from fastai_discriminative.registry import DiscriminativeError,WeightsError
