@@ -478,12 +478,19 @@ def _looking(learn):
     finally:
         for p,g in grads.items(): p.grad = g
 
-# %% ../nbs/08_strategies.ipynb #a64a57cf
+# %% ../nbs/08_strategies.ipynb #3db6d438
 def _inputs(learn, b): return b[:getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)]
 
 def _loss(learn, b):
-    xb = _inputs(learn, b)
-    return learn.loss_func(learn.model(*xb), *b[len(xb):])
+    "The loss of batch `b`, with what the learner's callbacks make of the model's output"
+    xb,old = _inputs(learn, b),{k:getattr(learn, k, None) for k in ('xb','yb','pred')}
+    learn.xb,learn.yb,learn.pred = xb,b[len(xb):],learn.model(*xb)
+    try:
+        for cb in learn.cbs.sorted('order'):
+            if 'after_pred' in dir(cb): cb('after_pred')
+        return learn.loss_func(learn.pred, *learn.yb)
+    finally:
+        for k,v in old.items(): setattr(learn, k, v)
 
 def _gradients(learn, batches):
     "Mean gradient of the loss over `batches`, by name, of the parameters that train"
@@ -600,7 +607,7 @@ def _trial(learn, lrs, batches, shares):
                 losses.append(sum(float(_loss(learn, b)) for b in batches[k:])/(len(batches)-k))
     return ratios,losses
 
-# %% ../nbs/08_strategies.ipynb #09e5697c
+# %% ../nbs/08_strategies.ipynb #2f2ddce3
 @dataclass(repr=False)
 class AutoEvidence:
     "What `auto` saw before it moved the body, and what it chose"
@@ -617,7 +624,7 @@ class AutoEvidence:
     def _rows(self): return [(n, '' if math.isnan(s) else f'{s:.2f}', '' if math.isnan(r) else f'{r:.2g}', f'{lr:.2g}') for n,s,r,lr in zip(self.names, self.shifts, self.grad_ratios, self.lrs)]
     def _title(self):
         back = f"; went back after epoch {', '.join(map(str, self.history))}" if self.history else ''
-        steps = ', '.join(f'{k:g}: {v:.3f}' for k,v in self.trial.items()) or 'not tried, training is too short'
+        steps = ', '.join(f'{k:g}: {v:.3f}' for k,v in self.trial.items()) or 'not tried'
         return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Loss after a share of one step: {steps}. Norm layers: {self.train_norm!r}{back}."
     def __repr__(self): return f"{self._title()}\n{_text_table(('group','norm shift','gradient/weight','lr'), self._rows())}"
     def _repr_html_(self): return f"<p>{self._title()}</p>{_html_table(('group','norm shift','gradient/weight','lr'), self._rows())}"
@@ -643,17 +650,18 @@ class _AutoRates:
         hi = self.preset.head_lr/20
         return replace(self.preset, lr_low=hi*min(.1, self.preset.ratio), lr_high=hi, head_mult=1.).lrs(groups)
 
-# %% ../nbs/08_strategies.ipynb #fa026736
+# %% ../nbs/08_strategies.ipynb #7c8d76a9
 @patch
 def _measure(self:_AutoRates, learn):
     "Look at the model and the data; the rates that follow"
     k = min(2, int(.06*self.n_epoch*len(learn.dls.train)/3.3)) # batches for each question
     groups,train,valid = learn.splitter.find(learn.model),_some_batches(learn, 2*k),_some_batches(learn, k, 1)
     top,norm,shifts,ratios,losses = self._top(groups),'running',{},[float('nan')]*len(groups),[]
-    if k:
-        shifts,norm = _norm_shifts(learn, [_inputs(learn, train[0])]),'group' if _batch_stats_win(learn, valid) else 'running'
-        ratios,losses = _trial(learn, top, train, _shares)
-    lrs = (top*(_pick_share(losses) if k else .3)).tolist()
+    try:
+        if k: ratios,losses = _trial(learn, top, train, _shares)
+        if k: shifts,norm = _norm_shifts(learn, [_inputs(learn, train[0])]),'group' if _batch_stats_win(learn, valid) else 'running'
+    except Exception as e: warnings.warn(f"`auto` could not look at this model, and takes its cautious rates. {type(e).__name__}: {e}")
+    lrs = (top*(_pick_share(losses) if losses else .3)).tolist()
     if hasattr(learn, 'strategy_run'): learn.true_freeze.train_norm = norm
     learn.auto_evidence = _evidence(learn, groups, shifts, ratios, losses, lrs, norm)
     return lrs

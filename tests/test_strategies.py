@@ -277,7 +277,7 @@ def test_auto_goes_back_and_slows_down(dls, monkeypatch):
 def test_a_short_training_is_not_spent_on_evidence(dls):
     learn = ours(dls)
     learn.fit_strategy('auto', 1)
-    assert not learn.auto_evidence.trial and 'too short' in repr(learn.auto_evidence)
+    assert not learn.auto_evidence.trial and 'not tried' in repr(learn.auto_evidence)
     learn.fit_strategy('auto', 20)
     assert list(learn.auto_evidence.trial)==[0.,.1,.3,1.]
 
@@ -317,6 +317,28 @@ def test_looking_changes_nothing(dls, arch, opt_func):
     assert all(p.grad is grads[n] for n,p in learn.model.named_parameters())
     assert str(moments)==str(learn.opt.state_dict())
     assert learn.grad_ratios()==ratios
+
+def test_a_model_that_cannot_be_looked_at(dls, monkeypatch):
+    def _fails(*args): raise RuntimeError('no way')
+    monkeypatch.setattr(st, '_trial', _fails)
+    learn = ours(dls)
+    start = weights(learn)
+    with pytest.warns(UserWarning, match='cautious rates. RuntimeError: no way'): learn.fit_strategy('auto', 20)
+    assert not learn.auto_evidence.trial and not same(start, weights(learn))
+
+def test_a_model_whose_output_a_callback_unpacks(dls):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = own_net()
+        def forward(self, x): return self.net(x),x
+    class First(Callback):
+        def after_pred(self): self.learn.pred = self.pred[0]
+    set_seed(0)
+    learn = quiet(Learner(dls, Pair(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=First()))
+    learn.fit_strategy('surgical', 1)
+    learn.fit_strategy('auto', 20)
+    assert learn.auto_evidence.trial
 
 def test_frozen_groups_have_no_ratio(dls):
     learn = ours(dls)
