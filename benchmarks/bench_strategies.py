@@ -5,7 +5,7 @@
 Each part is a set of calls of `compare_strategies`, kept in `results/strategies/*.json`; run again, it goes on where it stopped. `--jobs` processes, one thread each. `--summary` only sums up what is there: the bars of the issue.
 The learner is stock `vision_learner`, which the strategies split, so that `fastai` is fastai's own `fine_tune`: 64 px for EfficientNet-Lite0, 70 px for the ViT-S/14, batches of 32, flips, small rotations, zooms and light.
 Each set is split once: images to train on, images to validate on, on which `auto` chooses its best epoch, and as many to test on, which no fit sees (`test`).
-`auto` was designed on the set `stamps`, on first looks at the issue's three sets with other splits and seeds (21-23, 31, 41), and with the rates of published recipes; the splits here are new to it.
+`auto` was designed on the set `stamps`, on first looks at these three sets with other splits and seeds (21-23, 31, 41), and with the rates of published recipes; the splits here are new to it.
 """
 import argparse,json,sys
 from dataclasses import replace
@@ -107,7 +107,7 @@ def part_summary(cs):
     ratio = lambda m: float(np.mean([errors(c, 'auto', m) for c in cs.values()])/np.mean([errors(c, 'fastai', m) for c in cs.values()]))
     times = lambda pick: [t for k,c in cs.items() for t in c.times_to_reference(pick(k)).values()]
     jobs = [j for c in cs.values() for j in c.jobs if j['strategy']=='auto']
-    head = 10 # epochs on cached features
+    head = find_strategy('auto').phases(1, preset_for('resnet18'), [])[0].n_epoch
     return dict(best_named=best, behind_best_named={k:float(c.table().accuracy[best[k]]-c.table().accuracy['auto']) for k,c in cs.items()},
         behind_best_named_test={k:float(c.table('test').test[best[k]]-c.table('test').test['auto']) for k,c in cs.items()},
         error_ratio=ratio('accuracy'), error_ratio_test=ratio('test'), below_probe=sum(j['rows'][-1]['accuracy']<j['rows'][head-1]['accuracy'] for j in jobs), fits=len(jobs),

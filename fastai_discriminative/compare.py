@@ -8,7 +8,7 @@ Results are a tidy table; interrupted comparisons go on where they stopped; the 
 # %% auto #0
 __all__ = ['TrainClock', 'StrategyComparison', 'compare_strategies']
 
-# %% ../nbs/11_compare.ipynb #b8ad6b5a
+# %% ../nbs/11_compare.ipynb #f43116c7
 import json,math,os,random,time,zlib
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -20,7 +20,7 @@ from fastprogress.fastprogress import progress_bar
 from .registry import _near
 from .learner import _base_dl
 from .strategies import *
-from .strategies import _as_strategy,_n_epochs
+from .strategies import _as_strategy,_lower_is_better,_n_epochs
 
 # %% ../nbs/11_compare.ipynb #eb409b30
 class TrainClock(Callback):
@@ -74,14 +74,14 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(old)
 
-# %% ../nbs/11_compare.ipynb #80bda4db
+# %% ../nbs/11_compare.ipynb #8e757640
 def _fit_one(learn, strategy, n_epoch, cbs, monitor):
     "Train `learn` by `strategy`: a `Strategy`, phases, or a function of learner, number of epochs and callbacks"
     if callable(strategy): strategy(learn, n_epoch, cbs)
     else: learn.fit_strategy(strategy, n_epoch if isinstance(strategy, Strategy) else None, cbs=cbs, monitor=monitor)
 
 def _job(make_learner, name, strategy, seed, n_epoch, monitor, score, n_threads):
-    "One fit, as a dict: `strategy`, `seed`, `n_epoch`, `rows`, `start` (a checksum), `error`, `names` of metrics"
+    "One fit, as a dict: `strategy`, `seed`, `n_epoch`, `rows`, `start` (a checksum), `error`, `score`"
     clock,res = TrainClock(),dict(strategy=name, seed=seed, n_epoch=n_epoch, start=None, error='', score={})
     with _threads(n_threads):
         learn = _make(make_learner, seed)
@@ -94,14 +94,12 @@ def _job(make_learner, name, strategy, seed, n_epoch, monitor, score, n_threads)
         except Exception as e: res['error'] = f'{type(e).__name__}: {e}'
     return {**res, 'rows':clock.rows}
 
-# %% ../nbs/11_compare.ipynb #dbf0c7fb
+# %% ../nbs/11_compare.ipynb #bcde35c2
 def _interval(x):
     "Mean of `x` and half the width of its 95 % interval; `nan` for fewer than two values"
     from scipy.stats import t
     x = np.asarray(x, dtype=float)
     return x.mean(), (t.ppf(.975, len(x)-1)*x.std(ddof=1)/math.sqrt(len(x)) if len(x)>1 else float('nan'))
-
-def _lower_is_better(metric): return 'loss' in metric or 'error' in metric
 
 # %% ../nbs/11_compare.ipynb #05c8d1dc
 class StrategyComparison:

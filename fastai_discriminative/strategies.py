@@ -10,7 +10,7 @@ under it that are measured on your model and your data, and never an end below i
 __all__ = ['StrategyError', 'Phase', 'StrategyRun', 'KeepBest', 'Strategy', 'register_strategy', 'list_strategies',
            'find_strategy', 'AutoEvidence']
 
-# %% ../nbs/08_strategies.ipynb #0f9b3822
+# %% ../nbs/08_strategies.ipynb #78a55d45
 import inspect,math,warnings
 from contextlib import contextmanager
 from dataclasses import dataclass,field,replace
@@ -18,6 +18,7 @@ from itertools import islice
 
 from fastai.basics import *
 from fastai.callback.schedule import SchedCos,SchedLin
+from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.optimizer import Adam
 from fastai.vision.learner import _default_meta,model_meta
 from torch.nn.modules.batchnorm import _NormBase
@@ -178,7 +179,9 @@ def release(self:StrategyRun):
     if self.cached: self.cached.paused = False
     self._norm,self.at = None,None
 
-# %% ../nbs/08_strategies.ipynb #a71716da
+# %% ../nbs/08_strategies.ipynb #b3267769
+def _lower_is_better(metric): return 'loss' in metric or 'error' in metric
+
 class KeepBest(_Holding):
     "Keep the weights of the best epoch, and put them back when the fit is over or interrupted; added by `fit_strategy` for strategies that ask for it"
     order = 59 # after `Recorder`, before `ProgressCallback`, which writes the rows
@@ -201,10 +204,10 @@ class KeepBest(_Holding):
         self._loss = names.index('valid_loss') if 'valid_loss' in names else -1
         self.monitor = self.monitor or next((o for o in names[self._loss+1:] if o!='time'), 'valid_loss')
         if self._loss<0 or self.monitor not in names or self.monitor=='time': raise StrategyError(f"No metric {self.monitor!r} to keep the best of.{_near(self.monitor, names)} There are: {', '.join(names[:-1])}.")
-        if self.comp is None: self.comp = np.less if 'loss' in self.monitor or 'error' in self.monitor else np.greater
+        if self.comp is None: self.comp = np.less if _lower_is_better(self.monitor) else np.greater
         self._i,self.best = names.index(self.monitor),None
 
-# %% ../nbs/08_strategies.ipynb #10981ef2
+# %% ../nbs/08_strategies.ipynb #a9503430
 @patch
 def after_epoch(self:KeepBest):
     row = self.recorder.values[-1]
@@ -214,10 +217,6 @@ def after_epoch(self:KeepBest):
     if not self._is_better(now, self.best): return
     self.best,self._epoch,self._row = now,self.epoch,row
     self._state = self.learn.model,{k:v.detach().to('cpu', copy=True) for k,v in self.learn.model.state_dict().items()}
-
-@patch
-def after_batch(self:KeepBest):
-    if self.training and not math.isfinite(float(self.learn.smooth_loss)): raise CancelFitException
 
 # %% ../nbs/08_strategies.ipynb #d809bde3
 @patch
@@ -312,7 +311,7 @@ def _as_strategy(o):
     if isinstance(o, str): return find_strategy(o)
     return [o] if isinstance(o, Phase) else o
 
-# %% ../nbs/08_strategies.ipynb #158acb33
+# %% ../nbs/08_strategies.ipynb #9b2741e5
 @patch
 def fit_strategy(self:Learner,
     strategy='auto', # Name, `Strategy`, or list of `Phase`
@@ -343,12 +342,12 @@ def _fit_phases(learn, phases, keep_best, wd, cbs, monitor, comp, start_epoch):
     own = next((o for o in cbs if isinstance(o, CachedFeatures)), None)
     cached = own or (CachedFeatures() if any(p.cached for p in phases) else None)
     run = StrategyRun(phases, cached, close=cached is not own)
-    extra = [run] + [cached]*(cached is not own) + [KeepBest(monitor, comp)]*keep_best
+    extra = [run] + [cached]*(cached is not own) + [KeepBest(monitor, comp), TerminateOnNaNCallback()]*keep_best
     try: learn.fit(sum(p.n_epoch for p in phases), wd=wd, cbs=[*extra, *cbs], start_epoch=start_epoch)
     finally:
         if cached is not own: cached.close()
 
-# %% ../nbs/08_strategies.ipynb #54495b06
+# %% ../nbs/08_strategies.ipynb #2a23cdaa
 def _picture(learn, phases, n=60):
     "Rates over time as an array (groups x columns) with `nan` where frozen, the columns' edges in epochs on images, and the phases' ends"
     cols,edges,ends = [],[0.],[]
@@ -356,9 +355,9 @@ def _picture(learn, phases, n=60):
         share,_ = _schedule(p.sched)
         k = p.frozen%len(learn.opt.hypers)
         width = p.n_epoch/(_cached_per_epoch if p.cached else 1)
-        lrs = [_per_group(_resolve_lr(learn, p.lr(learn, 0) if callable(p.lr) else p.lr), len(learn.opt.hypers))]*n
-        for i,lr in enumerate(lrs):
-            col = np.array(lr)*float(share((i+.5)/n))
+        lrs = np.array(_per_group(_resolve_lr(learn, p.lr(learn, 0) if callable(p.lr) else p.lr), len(learn.opt.hypers)))
+        for i in range(n):
+            col = lrs*float(share((i+.5)/n))
             col[:k] = np.nan
             cols.append(col)
             edges.append(edges[-1]+width/n)
@@ -391,15 +390,13 @@ def plot_strategy(self:Learner,
     ax.figure.colorbar(m, ax=ax, label='learning rate')
     return ax
 
-# %% ../nbs/08_strategies.ipynb #4395498f
-def _head_epochs(n_epoch): return max(_cached_per_epoch, 2*n_epoch)
-
+# %% ../nbs/08_strategies.ipynb #9df73e44
 def _lp(preset, n_epoch=_cached_per_epoch): return Phase(n_epoch, preset, frozen=-1, cached=True)
 
 @register_strategy('feature_extraction', 'Razavian et al. 2014, arXiv:1403.6382')
 def _feature_extraction(n_epoch, preset, groups):
     "The head alone, on cached features: a first look in seconds, and enough where images are like those of the pretraining."
-    return [_lp(preset, _head_epochs(n_epoch))]
+    return [_lp(preset, max(_cached_per_epoch, 2*n_epoch))]
 
 # %% ../nbs/08_strategies.ipynb #efb0353b
 @register_strategy('last_layers', 'Yosinski et al. 2014, arXiv:1411.1792: first layers are general, last ones special')
@@ -478,7 +475,7 @@ def _looking(learn):
     finally:
         for p,g in grads.items(): p.grad = g
 
-# %% ../nbs/08_strategies.ipynb #3db6d438
+# %% ../nbs/08_strategies.ipynb #acde33a7
 def _inputs(learn, b): return b[:getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)]
 
 def _loss(learn, b):
@@ -492,26 +489,31 @@ def _loss(learn, b):
     finally:
         for k,v in old.items(): setattr(learn, k, v)
 
-def _gradients(learn, batches):
-    "Mean gradient of the loss over `batches`, by name, of the parameters that train"
-    with _looking(learn):
-        learn.model.zero_grad(set_to_none=True)
-        for b in batches: (_loss(learn, b)/len(batches)).backward()
-        return {n:p.grad.detach().clone() for n,p in _named_params(learn.model).items() if p.grad is not None}
+def _backward(learn, batches):
+    "Leave the mean gradient of the loss over `batches` in the parameters"
+    learn.model.zero_grad(set_to_none=True)
+    for b in batches: (_loss(learn, b)/len(batches)).backward()
 
-# %% ../nbs/08_strategies.ipynb #050ba96a
-def _norm(ts): return math.sqrt(sum(float(t.detach().float().pow(2).sum()) for t in ts))
+# %% ../nbs/08_strategies.ipynb #a70cb860
+def _sum_sq(ts): return float(sum(t.detach().float().pow(2).sum() for t in ts))
 
-# %% ../nbs/08_strategies.ipynb #93ca3776
+def _grad_ratios(learn, groups):
+    "Norm of the gradient that is there over norm of the weights, for each of `groups`"
+    named = _named_params(learn.model)
+    ps = [[named[n] for n in g.param_names] for g in groups]
+    return [math.sqrt(_sum_sq(p.grad for p in o if p.grad is not None)/max(1e-24, _sum_sq(o))) for o in ps]
+
+# %% ../nbs/08_strategies.ipynb #0e599711
 @patch
 def grad_ratios(self:Learner,
     n_batches:int=2, # Training batches to measure on
 )->list: # One number a group; 0 for a frozen one
     "Norm of the gradient over norm of the weights, for each layer group (Lee et al. 2023, arXiv:2210.11466); nothing is changed"
     _ready(self)
-    groups,ps = self.splitter.find(self.model),_named_params(self.model)
-    grads = _gradients(self, _some_batches(self, n_batches, seed=getattr(self, 'epoch', 0)))
-    return [_norm(grads[n] for n in g.param_names if n in grads)/max(1e-12, _norm(ps[n] for n in g.param_names)) for g in groups]
+    batches = _some_batches(self, n_batches, seed=getattr(self, 'epoch', 0))
+    with _looking(self):
+        _backward(self, batches)
+        return _grad_ratios(self, self.splitter.find(self.model))
 
 class _AutoRGN:
     "Rates for `surgical`: `top` for the group with the highest relative gradient norm, less for others"
@@ -547,32 +549,29 @@ def _fastai(n_epoch, preset, groups):
     rise,fall = (_stages(a, (p,SchedCos,1.), (1-p,SchedCos,1e-5)) for p,a in ((.99,.04), (.3,.2)))
     return [Phase(1, [2e-3]*(n+1), frozen=-1, sched=rise, train_norm=True), Phase(n_epoch, [1e-5]*n+[1e-3], sched=fall, train_norm=True)]
 
-# %% ../nbs/08_strategies.ipynb #64372492
-def _bn_inputs(learn, xbs):
-    "Mean and variance of what each layer with running statistics gets, over the batches `xbs`"
-    bns,got = [(n,m) for n,m in learn.model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None],{}
-    def _look(n, m, args):
-        x = args[0].detach().float()
-        d = [0,*range(2, x.ndim)]
-        got.setdefault(n, []).append((x.mean(d), x.var(d, unbiased=False)))
-    hs = [m.register_forward_pre_hook(partial(_look, _clean(n))) for n,m in bns]
+# %% ../nbs/08_strategies.ipynb #d6518fe4
+def _has_stats(m): return isinstance(m, _NormBase) and m.running_mean is not None
+
+def _norm_means(learn, xb):
+    "Layers with running statistics by name, and the mean of what each gets for the inputs `xb`"
+    got = {}
+    def _look(n, m, args): got[n] = m,args[0].detach().float().mean([0,*range(2, args[0].ndim)])
+    hs = [m.register_forward_pre_hook(partial(_look, _clean(n))) for n,m in learn.model.named_modules() if _has_stats(m)]
     try:
-        with torch.no_grad(), _looking(learn):
-            for xb in xbs: learn.model(*xb)
+        with torch.no_grad(), _looking(learn): learn.model(*xb)
     finally:
         for h in hs: h.remove()
-    return {_clean(n):(m, *[torch.stack(o).mean(0) for o in zip(*got[_clean(n)])]) for n,m in bns if _clean(n) in got}
+    return got
 
-def _norm_shifts(learn, xbs):
+def _norm_shifts(learn, xb):
     "For each layer with running statistics, how far the data's mean is from the running one, in standard deviations, averaged over channels"
-    return {n: float(((mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()).mean()) for n,(m,mean,_) in _bn_inputs(learn, xbs).items()}
+    return {n: float(((mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()).mean()) for n,(m,mean) in _norm_means(learn, xb).items()}
 
-# %% ../nbs/08_strategies.ipynb #0ede9faf
+# %% ../nbs/08_strategies.ipynb #7bf72bc7
 def _batch_stats_win(learn, batches):
     "Does the model do better on `batches` with norm statistics of these than with its running ones?"
-    bns = [m for m in learn.model.modules() if isinstance(m, _NormBase) and m.running_mean is not None and m.affine]
-    body = {p for g in learn.splitter.find(learn.model) if not g.is_head for n in g.param_names for p in [_named_params(learn.model)[n]]}
-    bns = [m for m in bns if m.weight in body]
+    head = {n for g in learn.splitter.find(learn.model) if g.is_head for n in g.param_names}
+    bns = [m for n,m in learn.model.named_modules() if _has_stats(m) and f'{_clean(n)}.weight' not in head]
     if not bns: return False
     def _mean_loss(): return sum(float(_loss(learn, b)) for b in batches)/len(batches)
     with torch.no_grad(), _rehearsing(learn.model), _looking(learn):
@@ -580,7 +579,7 @@ def _batch_stats_win(learn, batches):
         for m in bns: m.train()
         return _mean_loss()<.9*own
 
-# %% ../nbs/08_strategies.ipynb #82c94714
+# %% ../nbs/08_strategies.ipynb #85e9c5cf
 @contextmanager
 def _unmoved(model):
     "Put the parameters of `model` back afterwards"
@@ -592,13 +591,12 @@ def _unmoved(model):
 
 def _trial(learn, lrs, batches, shares):
     "Relative gradient norm of each group, and the loss on the second half of `batches` after the given shares of one step at `lrs` on the first half"
-    k,groups,ps = len(batches)//2,learn.splitter.find(learn.model),_named_params(learn.model)
+    k = len(batches)//2
     opt = learn.opt_func(learn.splitter(learn.model), lr=learn.lr)
     opt.set_hyper('lr', list(lrs))
     with _unmoved(learn.model) as old, _looking(learn):
-        for p in learn.model.parameters(): p.grad = None
-        for b in batches[:k]: (_loss(learn, b)/k).backward()
-        ratios = [_norm(ps[n].grad for n in g.param_names if ps[n].grad is not None)/max(1e-12, _norm(ps[n] for n in g.param_names)) for g in groups]
+        _backward(learn, batches[:k])
+        ratios = _grad_ratios(learn, learn.splitter.find(learn.model))
         opt.step()
         new,losses = [p.detach().clone() for p,_ in old],[]
         with torch.no_grad():
@@ -650,7 +648,7 @@ class _AutoRates:
         hi = self.preset.head_lr/20
         return replace(self.preset, lr_low=hi*min(.1, self.preset.ratio), lr_high=hi, head_mult=1.).lrs(groups)
 
-# %% ../nbs/08_strategies.ipynb #7c8d76a9
+# %% ../nbs/08_strategies.ipynb #499754ad
 @patch
 def _measure(self:_AutoRates, learn):
     "Look at the model and the data; the rates that follow"
@@ -659,7 +657,7 @@ def _measure(self:_AutoRates, learn):
     top,norm,shifts,ratios,losses = self._top(groups),'running',{},[float('nan')]*len(groups),[]
     try:
         if k: ratios,losses = _trial(learn, top, train, _shares)
-        if k: shifts,norm = _norm_shifts(learn, [_inputs(learn, train[0])]),'group' if _batch_stats_win(learn, valid) else 'running'
+        if k: shifts,norm = _norm_shifts(learn, _inputs(learn, train[0])),'group' if _batch_stats_win(learn, valid) else 'running'
     except Exception as e: warnings.warn(f"`auto` could not look at this model, and takes its cautious rates. {type(e).__name__}: {e}")
     lrs = (top*(_pick_share(losses) if losses else .3)).tolist()
     if hasattr(learn, 'strategy_run'): learn.true_freeze.train_norm = norm

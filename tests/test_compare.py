@@ -185,7 +185,8 @@ def test_processes_give_what_one_gives():
     np.testing.assert_allclose(a.results.valid_loss, b.results.valid_loss, rtol=1e-5)
 
 def test_a_dask_cluster_of_two_workers():
-    distributed = pytest.importorskip('distributed', reason='dask is not installed: it comes with the dev extra')
+    # the dev extra brings it, so CI runs this; the environment of the oldest versions is made without that extra (CONTRIBUTING)
+    distributed = pytest.importorskip('distributed', reason='dask is not installed: it comes with the dev extra, which the oldest versions are tested without')
     local = partial(distributed.LocalCluster, n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
     with patch.dict(os.environ), local() as cluster, distributed.Client(cluster):
         with joblib.parallel_config(backend='dask'): c = compare_strategies(make, ['uniform','lp_ft'], 2, seeds=2)
