@@ -1,0 +1,25 @@
+"""Run every notebook in a process of its own: notebooks define anew what the package patches into `Learner`, and the next notebook must not meet it
+
+`nbdev-test` gives several notebooks to one process, in which order chance decides which of them see the patches of which.
+"""
+import subprocess,sys
+from concurrent.futures import ThreadPoolExecutor
+from fastcore.script import call_parse
+from nbdev.doclinks import nbglob
+
+def _test(path, save):
+    "Exit status and output of one notebook's test"
+    res = subprocess.run(['nbdev-test', str(path), '--do-print', *['--save']*save], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(res.stdout, flush=True)
+    return path,res.returncode
+
+@call_parse
+def main(
+    n_workers:int=2, # Notebooks at a time
+    save:bool=False, # Write outputs back to notebooks on success?
+):
+    "Test all notebooks, and fail if one of them does"
+    with ThreadPoolExecutor(n_workers) as ex: done = list(ex.map(lambda p: _test(p, save), sorted(nbglob(as_path=True))))
+    bad = [str(p) for p,rc in done if rc]
+    print(f"{len(done)-len(bad)} of {len(done)} notebooks pass" + (f"; these do not: {', '.join(bad)}" if bad else ''))
+    sys.exit(bool(bad))
