@@ -630,10 +630,10 @@ class AutoEvidence:
 # %% ../nbs/08_strategies.ipynb #b49fedcd
 _shares = 0.,.1,.3,1.
 
-def _pick_share(losses, shares=_shares, tol=.25):
-    "The highest of `shares` up to which no loss is above the first by more than a quarter: noise of a batch, not yet harm"
-    ok = [s for i,s in enumerate(shares) if s and all(l<=losses[0]*(1+tol)+1e-3 for l in losses[:i+1])]
-    return max(ok, default=shares[1])
+def _pick_share(losses, shares=_shares):
+    "The highest of `shares` up to which no loss is above twice the lowest so far: one step of Adam from rest moves every weight by its rate, more than those of a training that warms up"
+    ok = [l<=2*min(losses[:i+1])+1e-3 for i,l in enumerate(losses)]
+    return max((s for i,s in enumerate(shares) if s and all(ok[:i+1])), default=shares[1])
 
 class _AutoRates:
     "Rates for the body, measured at the first epoch; lower after an epoch that ended clearly below the best"

@@ -365,7 +365,7 @@ def test_statistics_of_batches_where_the_running_ones_are_nonsense(dls):
     learn.model.eval()
     assert st._batch_stats_win(learn, batches) in (True,False) and same(start, weights(learn)) and not learn.model.training
 
-@pytest.mark.parametrize('losses,share', [([1,1,1,1],1.), ([1,.9,.8,2],.3), ([1,.9,9,.5],.1), ([1,9,9,9],.1), ([1,1,1,float('nan')],.3)])
+@pytest.mark.parametrize('losses,share', [([1,1,1,1],1.), ([1,.9,.8,2],.3), ([1,.9,9,.5],.1), ([4,1,.4,.7],1.), ([4,1,.3,.7],.3), ([1,9,9,9],.1), ([1,1,1,float('nan')],.3)])
 def test_share_of_a_step(losses, share): assert st._pick_share(losses)==share
 
 # ---- mistakes
