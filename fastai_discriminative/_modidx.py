@@ -969,6 +969,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastai_discriminative/presets.py'),
                                                'fastai_discriminative.presets._identify': ( 'presets.html#_identify',
                                                                                             'fastai_discriminative/presets.py'),
+                                               'fastai_discriminative.presets._measured': ( 'presets.html#_measured',
+                                                                                            'fastai_discriminative/presets.py'),
                                                'fastai_discriminative.presets._nearest': ( 'presets.html#_nearest',
                                                                                            'fastai_discriminative/presets.py'),
                                                'fastai_discriminative.presets._no_sgd': ( 'presets.html#_no_sgd',

@@ -258,10 +258,17 @@ def _no_sgd(fam, regime):
         f" {'The family has some for: '+', '.join(own) if own else 'Families that have some: '+(', '.join(others) or 'none')}."
         " Train with AdamW, or give your own rates: `Preset(lr_low, lr_high, optimizer='sgd')`.")
 
+# %% ../nbs/03_presets.ipynb #02c29740
+@lru_cache(maxsize=None)
+def _measured():
+    "Architecture, regime and units of the presets in `data/measured.csv`, which `benchmarks/bench_strategies.py regret --summary` writes"
+    with (files('fastai_discriminative')/'data'/'measured.csv').open(encoding='utf-8', newline='') as f:
+        return {(r['arch'],r['regime'],r['optimizer']) for r in csv.DictReader(f)}
+
 # %% ../nbs/03_presets.ipynb #1c170828
 def _derive(fam, arch, tag, regime, units):
     "The `Preset` at batch 64"
-    kw = dict(family=fam.name, tag=tag)
+    kw = dict(family=fam.name, tag=tag, measured=(arch,regime,units) in _measured())
     if regime=='random': return replace(_random_preset(units), **kw)
     rows = _nearest([r for r in _rows_of(fam, regime) if _usable(r, units)], arch)
     if rows:

@@ -628,11 +628,11 @@ class AutoEvidence:
     def _repr_html_(self): return f"<p>{self._title()}</p>{_html_table(('group','norm shift','gradient/weight','lr'), self._rows())}"
 
 # %% ../nbs/08_strategies.ipynb #b49fedcd
-_shares = 0.,.1,.3,1.
+_shares = 0.,.1,.3,.6,1.
 
 def _pick_share(losses, shares=_shares):
-    "The highest of `shares` up to which no loss is above twice the lowest so far: one step of Adam from rest moves every weight by its rate, more than those of a training that warms up"
-    ok = [l<=2*min(losses[:i+1])+1e-3 for i,l in enumerate(losses)]
+    "The highest of `shares` up to which no loss is above three times the lowest so far: one step of Adam from rest moves every weight by its rate, more than those of a training that warms up"
+    ok = [l<=3*min(losses[:i+1])+1e-3 for i,l in enumerate(losses)]
     return max((s for i,s in enumerate(shares) if s and all(ok[:i+1])), default=shares[1])
 
 class _AutoRates:
@@ -652,7 +652,7 @@ class _AutoRates:
 @patch
 def _measure(self:_AutoRates, learn):
     "Look at the model and the data; the rates that follow"
-    k = min(2, int(.06*self.n_epoch*len(learn.dls.train)/3.3)) # batches for each question
+    k = min(2, int(.06*self.n_epoch*len(learn.dls.train)/3.7)) # batches for each question
     groups,train,valid = learn.splitter.find(learn.model),_some_batches(learn, 2*k),_some_batches(learn, k, 1)
     top,norm,shifts,ratios,losses = self._top(groups),'running',{},[float('nan')]*len(groups),[]
     try:

@@ -1,5 +1,6 @@
 "Presets: every architecture and checkpoint, the published layer-decay tables and timm as oracles, scaling, and bad input"
 import csv,importlib.util,math,pickle,re,time
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,11 +77,21 @@ def test_every_architecture_and_checkpoint_has_a_preset():
     for o in names:
         p = preset_for(o)
         assert 0<p.lr_low<=p.lr_high<=p.head_lr and p.head_mult>=1 and p.bs==64 and p.optimizer=='adamw' and p.note, o
-        assert p.regime in preset_regimes and p.family and not p.measured, o
+        assert p.regime in preset_regimes and p.family, o
         assert 1e-3<=p.head_lr<=5e-3, (o, p)
         assert 1e-7<=p.lr_high<=2.5e-3 and p.ratio>=1e-5, (o, p)
         if not p.sources: assert 'no p' in p.note, o
     assert time.perf_counter()-start < 60
+
+def test_measured_is_what_the_benchmark_measured():
+    with (files('fastai_discriminative')/'data'/'measured.csv').open(encoding='utf-8', newline='') as f: rows = list(csv.DictReader(f))
+    assert {r['arch'] for r in rows}=={o.partition('.')[0] for o in names if preset_for(o).measured}
+    for r in rows:
+        p = preset_for(r['arch'], bs=int(r['bs']), optimizer=r['optimizer'])
+        assert p.measured and p.regime==r['regime'] and 'not measured' not in repr(p)
+        np.testing.assert_allclose([p.lr_low, p.lr_high], [float(r['lr_low']), float(r['lr_high'])], rtol=.05) # else it is another preset, and not measured
+        assert not preset_for(r['arch'], regime='random').measured
+    assert not preset_for('convnext_tiny.fb_in22k').measured
 
 def test_every_pretrained_tag_has_a_regime_by_rule():
     assert [o for o in timm.list_pretrained() if not _find_regime(o.partition('.')[2], o.partition('.')[0])] == []
