@@ -1,5 +1,6 @@
 "The command as a user runs it: in a process of its own"
 import os,re,shutil,signal,subprocess,sys,time
+from functools import partial
 from pathlib import Path
 import pytest,timm
 import fastai_discriminative
@@ -111,7 +112,8 @@ def test_help_imports_nothing_heavy(tmp_path):
 
 @pytest.mark.skipif(os.name=='nt', reason='no SIGINT to another process')
 def test_interrupt(tmp_path):
-    p = subprocess.Popen([*_cmd, 'demo', '--quiet'], cwd=tmp_path, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL) # a shell that starts the tests in the background has SIGINT ignored, and children inherit it
+    p = subprocess.Popen([*_cmd, 'demo', '--quiet'], cwd=tmp_path, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while 'seed 42' not in (line := p.stdout.readline()): assert line, p.stderr.read()
     time.sleep(1)
     p.send_signal(signal.SIGINT)
