@@ -13,7 +13,6 @@ __all__ = ['all_architectures', 'prove', 'write_zoo', 'zoo_exceptions', 'coverag
 import csv,re
 from collections import Counter
 from functools import lru_cache
-from importlib.resources import files
 
 import fastai, pandas as pd, timm, torchvision
 from fastai.vision.models import xresnet
@@ -21,7 +20,7 @@ from fastai.vision.models import xresnet
 from .registry import *
 from .groups import *
 from .presets import *
-from .presets import _recipes_of
+from .presets import _read_data,_recipes_of
 from .checks import *
 
 # %% ../nbs/13_coverage.ipynb #10911f40
@@ -69,12 +68,6 @@ def write_zoo(
         w.writerows(rows)
 
 # %% ../nbs/13_coverage.ipynb #af37876b
-@lru_cache(maxsize=None)
-def _read_data(name, head=False):
-    "Rows of a table of the package, without its lines of comment, or its first line"
-    lines = (files('fastai_discriminative')/'data'/name).read_text(encoding='utf-8').splitlines()
-    return lines[0] if head else list(csv.DictReader(o for o in lines if not o.startswith('#')))
-
 def zoo_exceptions(
     name:str, # One of `all_architectures`
 )->dict: # Name of a check -> why it fails

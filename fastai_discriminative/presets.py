@@ -22,17 +22,18 @@ from .registry import *
 from .registry import _arch_of,_default_tag,_near,_split_arch
 
 # %% ../nbs/03_presets.ipynb #5411dccc
+@lru_cache(maxsize=None)
+def _read_data(name, head=False):
+    "Rows of a table of the package, without its lines of comment, or its first line"
+    lines = (files('fastai_discriminative')/'data'/name).read_text(encoding='utf-8').splitlines()
+    return lines[0] if head else list(csv.DictReader(o for o in lines if not o.startswith('#')))
+
 _numbers = 'lr','bs','ratio','head_mult'
 
 @lru_cache(maxsize=None)
 def _table():
-    "Rows of `data/recipes.csv` by id, read on first use; an empty number is `None`"
-    res = {}
-    with (files('fastai_discriminative')/'data'/'recipes.csv').open(encoding='utf-8', newline='') as f:
-        for r in csv.DictReader(f):
-            r.update({k: float(r[k]) if r[k] else None for k in _numbers}, id=int(r['id']))
-            res[r['id']] = r
-    return res
+    "Rows of `data/recipes.csv` by id; an empty number is `None`"
+    return {int(r['id']): {**r, **{k: float(r[k]) if r[k] else None for k in _numbers}, 'id':int(r['id'])} for r in _read_data('recipes.csv')}
 
 # %% ../nbs/03_presets.ipynb #13b88480
 def _usable(r, units, tasks=('classification','resolution','text')): return r['task'] in tasks and r['units']==units and None not in (r['lr'], r['bs'], r['ratio'])
@@ -261,9 +262,8 @@ def _no_sgd(fam, regime):
 # %% ../nbs/03_presets.ipynb #02c29740
 @lru_cache(maxsize=None)
 def _measured():
-    "Architecture, regime and units of the presets in `data/measured.csv`, which `benchmarks/bench_strategies.py regret --summary` writes"
-    with (files('fastai_discriminative')/'data'/'measured.csv').open(encoding='utf-8', newline='') as f:
-        return {(r['arch'],r['regime'],r['optimizer']) for r in csv.DictReader(f)}
+    "Architecture, regime and units of the presets in `data/measured.csv`, which `benchmarks/bench_strategies.py --summary` writes"
+    return {(r['arch'],r['regime'],r['optimizer']) for r in _read_data('measured.csv')}
 
 # %% ../nbs/03_presets.ipynb #1c170828
 def _derive(fam, arch, tag, regime, units):

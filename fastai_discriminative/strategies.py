@@ -630,10 +630,10 @@ class AutoEvidence:
 # %% ../nbs/08_strategies.ipynb #b49fedcd
 _shares = 0.,.1,.3,.6,1.
 
-def _pick_share(losses, shares=_shares):
-    "The highest of `shares` up to which no loss is above three times the lowest so far: one step of Adam from rest moves every weight by its rate, more than those of a training that warms up"
-    ok = [l<=3*min(losses[:i+1])+1e-3 for i,l in enumerate(losses)]
-    return max((s for i,s in enumerate(shares) if s and all(ok[:i+1])), default=shares[1])
+def _pick_share(losses):
+    "The highest of `_shares` up to which no loss is above three times the lowest so far: one step of Adam from rest moves every weight by its rate, more than those of a training that warms up"
+    n = next((i for i,l in enumerate(losses) if not l<=3*min(losses[:i+1])+1e-3), len(losses))
+    return _shares[max(1, n-1)]
 
 class _AutoRates:
     "Rates for the body, measured at the first epoch; lower after an epoch that ended clearly below the best"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest,timm,torchvision
 
 from fastai_discriminative.coverage import *
-from fastai_discriminative.coverage import _read_data,_versions
+from fastai_discriminative.coverage import _versions
+from fastai_discriminative.presets import _read_data
 from fastai_discriminative.checks import *
 from fastai_discriminative.groups import _html_table
 from fastai_discriminative.presets import *

@@ -1,6 +1,5 @@
 "Presets: every architecture and checkpoint, the published layer-decay tables and timm as oracles, scaling, and bad input"
 import csv,importlib.util,math,pickle,re,time
-from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +7,7 @@ import numpy as np, pytest, timm, torch
 
 from fastai_discriminative import presets
 from fastai_discriminative.presets import *
-from fastai_discriminative.presets import _combine,_default_head_lr,_find_regime,_nearest,_recipes_of,_regime_preset,_table,_unregistered,_usable
+from fastai_discriminative.presets import _combine,_default_head_lr,_find_regime,_nearest,_read_data,_recipes_of,_regime_preset,_table,_unregistered,_usable
 from fastai_discriminative.registry import *
 
 torch.set_num_threads(1)
@@ -84,7 +83,7 @@ def test_every_architecture_and_checkpoint_has_a_preset():
     assert time.perf_counter()-start < 60
 
 def test_measured_is_what_the_benchmark_measured():
-    with (files('fastai_discriminative')/'data'/'measured.csv').open(encoding='utf-8', newline='') as f: rows = list(csv.DictReader(f))
+    rows = _read_data('measured.csv')
     assert {r['arch'] for r in rows}=={o.partition('.')[0] for o in names if preset_for(o).measured}
     for r in rows:
         p = preset_for(r['arch'], bs=int(r['bs']), optimizer=r['optimizer'])

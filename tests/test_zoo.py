@@ -9,7 +9,7 @@ import pytest,timm,torch
 
 from fastai_discriminative.checks import *
 from fastai_discriminative.coverage import *
-from fastai_discriminative.coverage import _read_data
+from fastai_discriminative.presets import _read_data
 from fastai_discriminative.registry import *
 
 names = list(all_architectures())
