@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np, timm, torch
 from PIL import Image
-from fastai_discriminative.demo import _atomic,_cache,_package,clipart_path,elpv_path,lite0_weights,DataError,WeightsError
+from fastai_discriminative.demo import _atomic,_cache,_package,clipart_path,elpv_path,lite0_weights
+from fastai_discriminative.core import DataError,WeightsError
 
 def _debian(pkg, *parts):
     "Folder `parts` of Debian's package `pkg`, unpacked"

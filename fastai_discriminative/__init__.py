@@ -15,9 +15,11 @@ Modules:
 - `fastai_discriminative.fast_math`: Channels-last memory and bfloat16, where this machine gains by them
 - `fastai_discriminative.features`: What frozen layers make of an image, computed once: the frozen prefix of a model, and training on its cached results
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
+- `fastai_discriminative.holding`: Callbacks that take something of a learner while it trains, and give it back however the fit ends
 - `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
 - `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
+- `fastai_discriminative.probe`: Ask a model and its data something, and leave both as they were
 - `fastai_discriminative.registry`: Which family an architecture belongs to, and what the package knows about that family
 - `fastai_discriminative.report`: What a fine-tune did to the pretrained layers: how far they moved, and whether they still say the same
 - `fastai_discriminative.strategies`: Who trains, for how long, how fast: every practice of fine-tuning by name, and `auto`, which measures before it moves

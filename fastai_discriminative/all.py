@@ -5,9 +5,15 @@ from .groups import *
 from .presets import *
 from .families import *
 from .optimizer import *
+from .freeze import *
+from .weights import *
 from .learner import *
+from .builder import *
+from .prefix import *
 from .features import *
 from .fast_math import *
+from .phases import *
 from .strategies import *
+from .auto import *
 from .report import *
 from .compare import *

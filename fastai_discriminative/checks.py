@@ -19,6 +19,7 @@ from fastai.basics import *
 from fastai.callback.core import Callback
 from fastai.vision.learner import _update_first_layer,create_vision_model
 
+from .core import *
 from .registry import *
 from .trace import *
 from .trace import _NoInit,_blank,_input_sizes,_meta_model,_try_inputs
@@ -26,8 +27,10 @@ from .groups import *
 from .groups import _find_layers,_gather,_labels,_locate,_named_params,_order_faults,_partition_faults,_splitter_error,_unwrap
 from .presets import *
 from .optimizer import *
+from .freeze import _group_of,_norms
+from .weights import _create_tv_model,_from_state,_is_uncut,_set_channels
 from .learner import *
-from .learner import _create_model,_create_tv_model,_from_state,_group_of,_is_uncut,_norms,_set_channels
+from .builder import _create_model
 
 # %% ../nbs/12_checks.ipynb #19852e54
 class _Case:

@@ -25,21 +25,21 @@ def _cmd_groups(a): print(_groups_of(a.arch, a.n_groups))
 # %% ../nbs/15_cli.ipynb #c181afc0
 def _cmd_preset(a):
     from fastai_discriminative.all import preset_for
-    from fastai_discriminative.groups import _text_table
+    from fastai_discriminative.core import text_table
     preset,groups = preset_for(a.arch, bs=a.bs, optimizer=a.optimizer),_groups_of(a.arch)
     print(preset, f'\n{preset.note}\n')
-    print(_text_table(('group','depth','lr'), [(g.name, f'{g.depth:.2f}', f'{lr:.2g}') for g,lr in zip(groups, preset.lrs(groups))]))
+    print(text_table(('group','depth','lr'), [(g.name, f'{g.depth:.2f}', f'{lr:.2g}') for g,lr in zip(groups, preset.lrs(groups))]))
     rows = preset.recipes()
     if not rows: return
     cols = 'id models pretraining optimizer lr_as_stated batch_size layer_decay source'.split()
-    print('\n'+_text_table(cols, [[str(r[c] or '')[:48] for c in cols] for r in rows]))
+    print('\n'+text_table(cols, [[str(r[c] or '')[:48] for c in cols] for r in rows]))
 
 # %% ../nbs/15_cli.ipynb #ce0e0d97
 def _cmd_families(a):
     from fastai_discriminative.coverage import coverage_line,coverage_table
-    from fastai_discriminative.groups import _text_table
+    from fastai_discriminative.core import text_table
     t = coverage_table()
-    print(_text_table(t.columns, t.values))
+    print(text_table(t.columns, t.values))
     print(coverage_line())
 
 # %% ../nbs/15_cli.ipynb #ec09bb25
@@ -81,7 +81,7 @@ def _size_args(arch, size):
 @contextmanager
 def _offline_hint(arch):
     "Turn a download that fails into a `WeightsError` that says what to do"
-    from fastai_discriminative.registry import DiscriminativeError,WeightsError
+    from fastai_discriminative.core import DiscriminativeError,WeightsError
     try: yield
     except Exception as e:
         if isinstance(e, DiscriminativeError): raise
@@ -309,7 +309,7 @@ def main(
         print('\nInterrupted; nothing was saved.', file=sys.stderr)
         return 130
     except Exception as e:
-        from fastai_discriminative.registry import DiscriminativeError
+        from fastai_discriminative.core import DiscriminativeError
         if debug or not isinstance(e, DiscriminativeError): raise
         print('fastai-discriminative: error:', ' '.join(str(e).split()), file=sys.stderr)
         return 2

@@ -17,10 +17,10 @@ import joblib
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 
-from .registry import _near
-from .learner import _base_dl
-from .strategies import *
-from .strategies import _as_strategy,_lower_is_better,_n_epochs
+from .core import *
+from .probe import *
+from .phases import *
+from .phases import _as_strategy,_lower_is_better,_n_epochs
 
 # %% ../nbs/11_compare.ipynb #eb409b30
 class TrainClock(Callback):
@@ -62,7 +62,7 @@ def _make(make_learner, seed):
     if not isinstance(learn, Learner): raise StrategyError(f"`make_learner` returned a {type(learn).__name__}, not a `Learner`. Pass a function without arguments that makes a new learner.")
     if learn.model in _made: raise StrategyError("`make_learner` returned the same model twice, so a strategy would go on from another's weights. Make the learner inside the function.")
     _made.add(learn.model)
-    for dl in learn.dls.loaders: _base_dl(dl).rng = random.Random(seed)
+    for dl in learn.dls.loaders: base_dl(dl).rng = random.Random(seed)
     return learn
 
 # %% ../nbs/11_compare.ipynb #7fc07a12
@@ -136,7 +136,7 @@ class StrategyComparison:
     def metric(self)->str:
         "The metric of tables and plots; raises `StrategyError` for one that no fit has"
         row = next((j['rows'][-1] for j in self.jobs if j['rows']), {})
-        if self._metric and row and self._metric not in row: raise StrategyError(f"No metric {self._metric!r}.{_near(self._metric, row)} There are: {', '.join(list(row)[2:])}.")
+        if self._metric and row and self._metric not in row: raise StrategyError(f"No metric {self._metric!r}.{near_matches(self._metric, row)} There are: {', '.join(list(row)[2:])}.")
         if self._metric: return self._metric
         return next((k for k in row if k not in ('epoch','train_s','train_loss','valid_loss')), 'valid_loss')
 
@@ -328,8 +328,8 @@ def compare_strategies(
     "Train a new learner by each strategy with each seed, from the same start; raises `StrategyError` before anything runs, and records what fails later"
     named,n_epoch = _named(strategies),_n_epochs(n_epoch)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if budget not in ('epochs','seconds'): raise StrategyError(f"Unknown budget {budget!r}.{_near(budget, ['epochs','seconds'])} Use 'epochs' or 'seconds'.")
-    if reference is not None and reference not in named: raise StrategyError(f"The reference {reference!r} is none of the strategies.{_near(reference, named)} They are: {', '.join(named)}.")
+    if budget not in ('epochs','seconds'): raise StrategyError(f"Unknown budget {budget!r}.{near_matches(budget, ['epochs','seconds'])} Use 'epochs' or 'seconds'.")
+    if reference is not None and reference not in named: raise StrategyError(f"The reference {reference!r} is none of the strategies.{near_matches(reference, named)} They are: {', '.join(named)}.")
     if not seeds: raise StrategyError("No seeds: at least one is needed, and five before a claim.")
     res = _resume(fname, dict(n_epoch=n_epoch, budget=budget, strategies=list(named)), monitor, reference)
     _made.clear()

@@ -17,10 +17,11 @@ from functools import lru_cache
 import fastai, pandas as pd, timm, torchvision
 from fastai.vision.models import xresnet
 
+from .core import *
 from .registry import *
 from .groups import *
 from .presets import *
-from .presets import _read_data,_recipes_of
+from .presets import _recipes_of
 from .checks import *
 
 # %% ../nbs/13_coverage.ipynb #10911f40
@@ -72,7 +73,7 @@ def zoo_exceptions(
     name:str, # One of `all_architectures`
 )->dict: # Name of a check -> why it fails
     "Checks that `name` does not pass, by the package's table of exceptions"
-    return {r['check']:r['reason'] for r in _read_data('exceptions.csv') if re.fullmatch(r['archs'], name)}
+    return {r['check']:r['reason'] for r in read_data('exceptions.csv') if re.fullmatch(r['archs'], name)}
 
 # %% ../nbs/13_coverage.ipynb #f413a39e
 def _span(vals):
@@ -106,13 +107,13 @@ def _family_row(name, rows):
 def coverage_table()->pd.DataFrame: # A row for each family: architectures, rule, layers, default groups, share of the largest, preset, its recipes, measured or not, exceptions
     "What was proved, by family: those that are registered first"
     by = {}
-    for r in _read_data('zoo.csv'):
+    for r in read_data('zoo.csv'):
         if r['rule']!='none': by.setdefault(r['family'], []).append(r)
     order = sorted(by, key=lambda k: (min(r['rule'] for r in by[k]), k))
     return pd.DataFrame([_family_row(k, by[k]) for k in order], columns=_cells)
 
 def coverage_line()->str: # One sentence
     "How many architectures were proved, by which rules, with how many exceptions"
-    rows = _read_data('zoo.csv')
+    rows = read_data('zoo.csv')
     n,bad = Counter(r['rule'] for r in rows if r['rule']!='none'),sum(bool(zoo_exceptions(r['arch'])) for r in rows)
-    return f"{len(rows)} architectures in layer groups: {', '.join(f'{v} {k}' for k,v in n.most_common())}; {len(rows)-bad} pass every check, {bad} are excepted from one ({_read_data('zoo.csv', head=True)[2:]})."
+    return f"{len(rows)} architectures in layer groups: {', '.join(f'{v} {k}' for k,v in n.most_common())}; {len(rows)-bad} pass every check, {bad} are excepted from one ({read_data('zoo.csv', head=True)[2:]})."

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 
-from .learner import _Holding,_one_input,_same_random,_tensors
+from .core import *
+from .probe import *
+from .holding import *
 
 # %% ../nbs/07a_fast_math.ipynb #e706710d
-class FastMath(_Holding):
+class FastMath(HoldingCallback):
     "Channels-last memory and bfloat16 autocast for a learner; `Learner.to_fast` chooses and adds it"
     order = 14 # after `CachedFeatures`, whose forward pass it wraps
     def __init__(self,
@@ -64,7 +66,7 @@ def _untouched(model):
     try:
         for p,*_ in ps: p.requires_grad_(p.is_floating_point()).grad = None
         model.train()
-        with _same_random(): yield
+        with same_random(): yield
     finally:
         _to_format(model, last)
         for m,o in modes: m.training = o
@@ -82,7 +84,7 @@ def _step_ms(model, xb, channels_last, bf16, n=3):
         if device.type=='cuda': torch.cuda.synchronize()
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16): out = model(*xb)
-        sum(o.float().square().mean() for o in _tensors(out)).backward()
+        sum(o.float().square().mean() for o in tensors_of(out)).backward()
         model.zero_grad()
         if device.type=='cuda': torch.cuda.synchronize()
         ts.append((time.perf_counter()-start)*1e3)
@@ -118,5 +120,5 @@ def _try_ms(model, xb, *k):
 
 def _measure(learn, tries):
     "Milliseconds of a step for each of `tries`"
-    xb,bar = _one_input(learn),partial(progress_bar, leave=False) if hasattr(learn, 'progress') else noop
+    xb,bar = one_input(learn),partial(progress_bar, leave=False) if hasattr(learn, 'progress') else noop
     with _untouched(learn.model): return {k: _try_ms(learn.model, xb, *k) for k in bar(tries)}

@@ -10,30 +10,24 @@ batch size. A `Preset` never holds a typed-in number without saying so: its `sou
 __all__ = ['preset_regimes', 'regime_of', 'Preset', 'preset_for']
 
 # %% ../nbs/03_presets.ipynb #b391ec6b
-import csv,math,re
+import math,re
 from dataclasses import dataclass,field,replace
 from functools import lru_cache
-from importlib.resources import files
 
 import numpy as np, timm
 from fastcore.basics import patch
 
+from .core import *
 from .registry import *
-from .registry import _arch_of,_default_tag,_near,_split_arch
+from .registry import _arch_of,_default_tag,_split_arch
 
 # %% ../nbs/03_presets.ipynb #5411dccc
-@lru_cache(maxsize=None)
-def _read_data(name, head=False):
-    "Rows of a table of the package, without its lines of comment, or its first line"
-    lines = (files('fastai_discriminative')/'data'/name).read_text(encoding='utf-8').splitlines()
-    return lines[0] if head else list(csv.DictReader(o for o in lines if not o.startswith('#')))
-
 _numbers = 'lr','bs','ratio','head_mult'
 
 @lru_cache(maxsize=None)
 def _table():
     "Rows of `data/recipes.csv` by id; an empty number is `None`"
-    return {int(r['id']): {**r, **{k: float(r[k]) if r[k] else None for k in _numbers}, 'id':int(r['id'])} for r in _read_data('recipes.csv')}
+    return {int(r['id']): {**r, **{k: float(r[k]) if r[k] else None for k in _numbers}, 'id':int(r['id'])} for r in read_data('recipes.csv')}
 
 # %% ../nbs/03_presets.ipynb #13b88480
 def _usable(r, units, tasks=('classification','resolution','text')): return r['task'] in tasks and r['units']==units and None not in (r['lr'], r['bs'], r['ratio'])
@@ -45,7 +39,7 @@ def _units_of(name):
     "Units of optimiser `name`"
     u = _units.get(name.lower()) if isinstance(name, str) else None
     if u: return u
-    raise PresetError(f"Unknown optimizer {name!r}.{_near(name, _units)} Presets exist in units of {', '.join(_units)}; rates of other optimisers are not converted.")
+    raise PresetError(f"Unknown optimizer {name!r}.{near_matches(name, _units)} Presets exist in units of {', '.join(_units)}; rates of other optimisers are not converted.")
 
 # %% ../nbs/03_presets.ipynb #18567ac7
 def _scale(lr, bs, to, units):
@@ -263,7 +257,7 @@ def _no_sgd(fam, regime):
 @lru_cache(maxsize=None)
 def _measured():
     "Architecture, regime and units of the presets in `data/measured.csv`, which `benchmarks/bench_strategies.py --summary` writes"
-    return {(r['arch'],r['regime'],r['optimizer']) for r in _read_data('measured.csv')}
+    return {(r['arch'],r['regime'],r['optimizer']) for r in read_data('measured.csv')}
 
 # %% ../nbs/03_presets.ipynb #1c170828
 def _derive(fam, arch, tag, regime, units):
@@ -289,7 +283,7 @@ def preset_for(
     "Published learning rates for a pretrained backbone; raises `FamilyError` for an unknown name and `PresetError` for rates that do not exist"
     units,(fam,arch,tag,found) = _units_of(optimizer),_identify(x)
     if regime is not None and regime not in preset_regimes:
-        raise PresetError(f"Unknown regime {regime!r}.{_near(regime, preset_regimes)} There are: {', '.join(preset_regimes)}.")
+        raise PresetError(f"Unknown regime {regime!r}.{near_matches(regime, preset_regimes)} There are: {', '.join(preset_regimes)}.")
     p = _derive(fam, arch, tag, regime or found, units)
     if not (tag or regime) and p.regime=='supervised': p.note += '; pretrained tag unknown, taken as supervised on ImageNet-1k'
     return p.scaled(64 if bs is None else bs, accum, world_size)

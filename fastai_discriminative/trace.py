@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .registry import *
+from .core import *
 
 # %% ../nbs/01_trace.ipynb #2760c9ae
 _aten = torch.ops.aten

@@ -6,16 +6,16 @@ import pytest,timm,torchvision
 
 from fastai_discriminative.coverage import *
 from fastai_discriminative.coverage import _versions
-from fastai_discriminative.presets import _read_data
+from fastai_discriminative.core import read_data
 from fastai_discriminative.checks import *
-from fastai_discriminative.groups import _html_table
+from fastai_discriminative.core import html_table
 from fastai_discriminative.presets import *
 from fastai_discriminative.registry import *
 
 root = Path(__file__).parent.parent
-rows = _read_data('zoo.csv')
-same_versions = f'timm {timm.__version__},' in _read_data('zoo.csv', head=True)
-other = pytest.mark.skipif(not same_versions, reason=f"the table was made with another timm: {_read_data('zoo.csv', head=True)}")
+rows = read_data('zoo.csv')
+same_versions = f'timm {timm.__version__},' in read_data('zoo.csv', head=True)
+other = pytest.mark.skipif(not same_versions, reason=f"the table was made with another timm: {read_data('zoo.csv', head=True)}")
 
 def test_nothing_is_left_out():
     names = set(all_architectures())
@@ -69,7 +69,7 @@ def _outputs(nb):
             yield from (''.join(v) for v in o.get('data', {}).values())
 
 @other
-@pytest.mark.parametrize('nb,shown', [('13_coverage.ipynb', lambda: [_html_table((t:=coverage_table()).columns, t.values), coverage_line()]), ('index.ipynb', lambda: [coverage_line()])], ids=['page','readme'])
+@pytest.mark.parametrize('nb,shown', [('13_coverage.ipynb', lambda: [html_table((t:=coverage_table()).columns, t.values), coverage_line()]), ('index.ipynb', lambda: [coverage_line()])], ids=['page','readme'])
 def test_page_is_not_stale(nb, shown):
     "The page shows what the registry, the presets and the table say now"
     outs = list(_outputs(nb))

@@ -7,7 +7,8 @@ import numpy as np, pytest, timm, torch
 
 from fastai_discriminative import presets
 from fastai_discriminative.presets import *
-from fastai_discriminative.presets import _combine,_default_head_lr,_find_regime,_nearest,_read_data,_recipes_of,_regime_preset,_table,_unregistered,_usable
+from fastai_discriminative.core import read_data
+from fastai_discriminative.presets import _combine,_default_head_lr,_find_regime,_nearest,_recipes_of,_regime_preset,_table,_unregistered,_usable
 from fastai_discriminative.registry import *
 
 torch.set_num_threads(1)
@@ -83,7 +84,7 @@ def test_every_architecture_and_checkpoint_has_a_preset():
     assert time.perf_counter()-start < 60
 
 def test_measured_is_what_the_benchmark_measured():
-    rows = _read_data('measured.csv')
+    rows = read_data('measured.csv')
     assert {r['arch'] for r in rows}=={o.partition('.')[0] for o in names if preset_for(o).measured}
     for r in rows:
         p = preset_for(r['arch'], bs=int(r['bs']), optimizer=r['optimizer'])

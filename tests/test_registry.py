@@ -8,7 +8,8 @@ from torch import nn
 
 from fastai_discriminative import registry
 from fastai_discriminative.registry import *
-from fastai_discriminative.registry import _arch_of,_default_tag,_families,_find_name,_near,_split_arch
+from fastai_discriminative.core import near_matches
+from fastai_discriminative.registry import _arch_of,_default_tag,_families,_find_name,_split_arch
 
 root = Path(__file__).parent.parent
 
@@ -39,9 +40,9 @@ def test_errors_stand_under_one_base(err):
     with pytest.raises(DiscriminativeError, match='thing'): raise err('thing')
 
 def test_near():
-    assert _near('resnt', ['resnet','vgg'])==" Did you mean 'resnet'?"
-    assert _near('zzzzzz', ['resnet','vgg'])==''
-    assert _near(None, ['resnet'])=='' and _near('a', [])==''
+    assert near_matches('resnt', ['resnet','vgg'])==" Did you mean 'resnet'?"
+    assert near_matches('zzzzzz', ['resnet','vgg'])==''
+    assert near_matches(None, ['resnet'])=='' and near_matches('a', [])==''
 
 # ## Registering
 

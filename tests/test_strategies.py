@@ -9,10 +9,10 @@ from torch import nn
 from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,EarlyStoppingCallback,ImageDataLoaders,Learner,ProgressCallback,RMSProp,SaveModelCallback,
     accuracy,error_rate,noop,set_seed,vision_learner)
 from fastai_discriminative.all import *
-from fastai_discriminative import strategies as st
+from fastai_discriminative import auto as st,phases as ph,strategies
 
 names = [s.name for s in list_strategies()]
-k = st._cached_per_epoch # epochs of a head on cached features
+k = ph._cached_per_epoch # epochs of a head on cached features
 
 # ---- data and learners
 
@@ -216,7 +216,7 @@ def _phases(name, n_epoch, n_groups=None, arch='resnet10t', dls=None):
 def test_phases_fit_any_number_of_epochs_and_groups(dls, name, n_epoch, n_groups):
     learn = ours(dls, n_groups=n_groups)
     ps = find_strategy(name).phases(n_epoch, learn.preset, learn.layer_groups)
-    assert st._check_phases(ps, learn.layer_groups)==ps
+    assert ph._check_phases(ps, learn.layer_groups)==ps
     on_images = sum(p.n_epoch for p in ps if not p.cached)
     assert on_images in (n_epoch,n_epoch+1) or name=='feature_extraction'
 
@@ -236,7 +236,7 @@ def test_layer_decay_does_not_depend_on_the_number_of_groups(dls):
 
 def test_surgical_gives_the_full_rate_to_the_highest_ratio(dls):
     learn,spy = ours(dls),Spy()
-    learn.fit_strategy([Phase(2, st._AutoRGN(1e-3), sched='flat')], cbs=spy)
+    learn.fit_strategy([Phase(2, strategies._AutoRGN(1e-3), sched='flat')], cbs=spy)
     assert all(max(o)==pytest.approx(1e-3) for o in spy.lrs)
     assert spy.lrs[0]!=spy.lrs[-1] # asked anew in the second epoch
 
@@ -246,7 +246,7 @@ def _harmful(): return [Phase(k, 1e-2, frozen=-1, cached=True), Phase(2, 3.)]
 
 @pytest.mark.parametrize('metrics', [accuracy, error_rate, None])
 def test_never_below_the_probe(dls, metrics, monkeypatch):
-    monkeypatch.setitem(st._strategies, 'harmful', Strategy('harmful', lambda *_: _harmful(), keep_best=True))
+    monkeypatch.setitem(ph._strategies, 'harmful', Strategy('harmful', lambda *_: _harmful(), keep_best=True))
     learn,spy = ours(dls, metrics=metrics),Spy()
     learn.fit_strategy('harmful', 2, cbs=spy)
     rows,i = learn.recorder.values,1 if metrics is None else 2
@@ -357,7 +357,7 @@ def test_shift_of_norm_statistics(dls):
 def test_statistics_of_batches_where_the_running_ones_are_nonsense(dls):
     learn = ours(dls)
     learn.fit_strategy('feature_extraction', 1)
-    batches = st._some_batches(learn, 1, 1)
+    batches = st.some_batches(learn, 1, 1)
     assert not st._batch_stats_win(ours(dls, 'test_vit'), batches)
     for m in learn.model[0].modules():
         if isinstance(m, nn.BatchNorm2d): m.running_mean.fill_(100.)
@@ -404,7 +404,7 @@ def test_registering():
     try:
         assert find_strategy('mine').about=='Only mine.' and find_strategy('mine') in list_strategies()
         with pytest.raises(StrategyError, match='already'): register_strategy('auto')(_mine)
-    finally: del st._strategies['mine']
+    finally: del ph._strategies['mine']
 
 def test_every_strategy_says_when_and_whence():
     for s in list_strategies(): assert len(s.about)>20 and s.source, s.name

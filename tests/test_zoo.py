@@ -9,12 +9,12 @@ import pytest,timm,torch
 
 from fastai_discriminative.checks import *
 from fastai_discriminative.coverage import *
-from fastai_discriminative.presets import _read_data
+from fastai_discriminative.core import read_data
 from fastai_discriminative.registry import *
 
 names = list(all_architectures())
-stored = {r['arch']:r for r in _read_data('zoo.csv')}
-same_versions = f'timm {timm.__version__},' in _read_data('zoo.csv', head=True)
+stored = {r['arch']:r for r in read_data('zoo.csv')}
+same_versions = f'timm {timm.__version__},' in read_data('zoo.csv', head=True)
 
 def _start():
     torch.set_num_threads(1)
@@ -83,9 +83,9 @@ def test_families_serve_their_architectures():
     assert [n for n,r in stored.items() if n in all_architectures() and r['rule'] not in ('registered','none') and find_family(all_architectures()[n]).registered]==[]
 
 def test_exceptions_name_architectures():
-    used = {(r['archs'],r['check']) for r in _read_data('exceptions.csv') if any(r['check'] in zoo_exceptions(n) for n in names)}
-    assert used=={(r['archs'],r['check']) for r in _read_data('exceptions.csv')} or not same_versions # older releases have fewer architectures
-    assert all(len(r['reason'])>20 for r in _read_data('exceptions.csv'))
+    used = {(r['archs'],r['check']) for r in read_data('exceptions.csv') if any(r['check'] in zoo_exceptions(n) for n in names)}
+    assert used=={(r['archs'],r['check']) for r in read_data('exceptions.csv')} or not same_versions # older releases have fewer architectures
+    assert all(len(r['reason'])>20 for r in read_data('exceptions.csv'))
 
 def test_nothing_was_left_out(request, results, capsys):
     asked = {o.callspec.params['job'][1] for o in request.session.items if getattr(o, 'originalname', '')=='test_zoo'}
