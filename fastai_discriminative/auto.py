@@ -7,7 +7,7 @@ No strategy wins everywhere, and the window of rates that help is narrow. `auto`
 # %% auto #0
 __all__ = ['AutoEvidence']
 
-# %% ../nbs/08a_auto.ipynb #c5eded84
+# %% ../nbs/08a_auto.ipynb #b645f418
 import math,warnings
 from contextlib import contextmanager
 from dataclasses import dataclass,field,replace

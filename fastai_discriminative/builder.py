@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['discriminative_learner']
 
-# %% ../nbs/06a_builder.ipynb #aeb796ad
+# %% ../nbs/06a_builder.ipynb #a658d346
 import inspect,warnings
 from pathlib import Path
 

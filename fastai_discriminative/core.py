@@ -9,7 +9,7 @@ __all__ = ['DiscriminativeError', 'FamilyError', 'SplitterError', 'PresetError',
            'FeatureError', 'NothingFrozen', 'StrategyError', 'ReportError', 'DataError', 'near_matches', 'list_some',
            'text_table', 'html_table', 'same_random', 'read_data']
 
-# %% ../nbs/00_core.ipynb #37e66400
+# %% ../nbs/00_core.ipynb #b5f2a6d5
 import csv,random,re
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -26,22 +26,22 @@ class SplitterError(DiscriminativeError, ValueError):
     "Layer groups that break a rule: missing, doubled or misplaced parameters, or an impossible `n_groups`"
     faults = () # What `check_splitter` found, a sentence each
 
-# %% ../nbs/00_core.ipynb #39ca9d80
+# %% ../nbs/00_core.ipynb #5eb16b0c
 class PresetError(DiscriminativeError, ValueError): "A learning rate, slice or preset that cannot be used as given"
 class WeightsError(DiscriminativeError, ValueError): "A checkpoint file that is missing, damaged, or made for another architecture"
 class OptimizerStateError(DiscriminativeError, ValueError): "Parameters, hyper-parameters or saved state that an optimiser cannot take"
 
-# %% ../nbs/00_core.ipynb #3ca5a14a
+# %% ../nbs/00_core.ipynb #57ef2fc5
 class FeatureError(DiscriminativeError, ValueError):
     "Features that cannot be kept: nothing is frozen, what is frozen still moves, or the model asks for more than its layers' results"
 class NothingFrozen(FeatureError): "No layer at the start of the model is frozen"
 class StrategyError(DiscriminativeError, ValueError): "A strategy that does not exist, or phases that cannot be run"
 
-# %% ../nbs/00_core.ipynb #c90492a9
+# %% ../nbs/00_core.ipynb #41064313
 class ReportError(DiscriminativeError, ValueError): "Nothing that could be reported"
 class DataError(DiscriminativeError, ValueError): "A folder of images that cannot be trained on, or an image package that is missing"
 
-# %% ../nbs/00_core.ipynb #fd38e985
+# %% ../nbs/00_core.ipynb #84d16ed0
 def near_matches(
     name, # What was asked for
     names, # What there is
@@ -59,7 +59,7 @@ def list_some(
     names = [str(o) for o in names]
     return ', '.join(map(repr, names[:n])) + (f' and {len(names)-n} more' if len(names)>n else '')
 
-# %% ../nbs/00_core.ipynb #6189751d
+# %% ../nbs/00_core.ipynb #1dda1e20
 def text_table(
     cols, # Headings
     rows, # One sequence a row
@@ -78,7 +78,7 @@ def html_table(
     def _tr(r, t): return '<tr>' + ''.join(f'<{t}>{escape(str(o))}</{t}>' for o in r) + '</tr>'
     return f"<table><thead>{_tr(cols, 'th')}</thead><tbody>{''.join(_tr(r, 'td') for r in rows)}</tbody></table>"
 
-# %% ../nbs/00_core.ipynb #86588a21
+# %% ../nbs/00_core.ipynb #83b28b94
 @contextmanager
 def same_random():
     "Leave the random numbers of torch, numpy and Python as they were"
@@ -90,7 +90,7 @@ def same_random():
         random.setstate(py)
         np.random.set_state(npr)
 
-# %% ../nbs/00_core.ipynb #c2af72d0
+# %% ../nbs/00_core.ipynb #3a13851c
 @lru_cache(maxsize=None)
 def read_data(
     name:str, # File in the package's folder `data`

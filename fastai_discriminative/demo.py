@@ -23,7 +23,7 @@ from fastai.vision.all import *
 from .core import *
 from .compare import TrainClock
 
-# %% ../nbs/14_demo.ipynb #0305130c
+# %% ../nbs/14_demo.ipynb #b252327d
 _all_ = ['DataError']
 
 # %% ../nbs/14_demo.ipynb #6e246a66

@@ -28,7 +28,7 @@ from .holding import *
 from .freeze import *
 from .prefix import *
 
-# %% ../nbs/07_features.ipynb #2b989120
+# %% ../nbs/07_features.ipynb #1b52f7cb
 _all_ = ['FeatureError','NothingFrozen']
 
 # %% ../nbs/07_features.ipynb #30aeeced

@@ -7,7 +7,7 @@ Two things keep moving in a frozen fastai model: parameters that the optimiser g
 # %% auto #0
 __all__ = ['TrueFreeze']
 
-# %% ../nbs/05c_freeze.ipynb #81eb56b0
+# %% ../nbs/05c_freeze.ipynb #d2a90a4c
 import re
 from contextlib import contextmanager
 

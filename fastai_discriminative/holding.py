@@ -8,10 +8,10 @@ an error or an interrupt. The fits of a learner in layer groups call `release` f
 # %% auto #0
 __all__ = ['set_forward', 'HoldingCallback']
 
-# %% ../nbs/05b_holding.ipynb #5d181a2c
+# %% ../nbs/05b_holding.ipynb #0f6fe1a6
 from fastai.basics import *
 
-# %% ../nbs/05b_holding.ipynb #9a60e84f
+# %% ../nbs/05b_holding.ipynb #6bbccd03
 def set_forward(
     m:nn.Module, # The module
     f, # What to call for its `forward`; `None` for its class's own
@@ -20,7 +20,7 @@ def set_forward(
     if f is None: m.__dict__.pop('forward', None)
     else: m.__dict__['forward'] = f
 
-# %% ../nbs/05b_holding.ipynb #4f86ed72
+# %% ../nbs/05b_holding.ipynb #30e5816d
 class HoldingCallback(Callback):
     "A callback that holds something of a learner while a fit goes on; `release` lets go, and is called when the fit is over, however it ended"
     _taken = None

@@ -27,7 +27,7 @@ from fastai.optimizer import Optimizer,OptimWrapper
 
 from .core import *
 
-# %% ../nbs/05_optimizer.ipynb #f29cd6c2
+# %% ../nbs/05_optimizer.ipynb #13e02f38
 _all_ = ['OptimizerStateError']
 
 # %% ../nbs/05_optimizer.ipynb #2ddec439

@@ -8,7 +8,7 @@ A phase says which layer groups train, at which rates, for how many epochs. `lea
 __all__ = ['Phase', 'StrategyRun', 'KeepBest', 'Strategy', 'register_strategy', 'list_strategies', 'find_strategy',
            'StrategyError']
 
-# %% ../nbs/07b_phases.ipynb #d09a2848
+# %% ../nbs/07b_phases.ipynb #752ce460
 import inspect,math,warnings
 from dataclasses import dataclass,replace
 
@@ -25,7 +25,7 @@ from .schedules import _combine_scheds
 from .learner import _check_units,_effective_batch,_resolve_lr
 from .features import *
 
-# %% ../nbs/07b_phases.ipynb #55c6623e
+# %% ../nbs/07b_phases.ipynb #d830c892
 _all_ = ['StrategyError']
 
 # %% ../nbs/07b_phases.ipynb #e0d29faf

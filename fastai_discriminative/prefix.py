@@ -7,7 +7,7 @@ A frozen layer gives the same result for the same image, epoch after epoch. `Fro
 # %% auto #0
 __all__ = ['FrozenPrefix']
 
-# %% ../nbs/06b_prefix.ipynb #fbcee45e
+# %% ../nbs/06b_prefix.ipynb #8552d6bc
 from collections import Counter,namedtuple
 from contextlib import contextmanager
 

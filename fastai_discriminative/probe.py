@@ -9,7 +9,7 @@ or a statistic, or the training that follows would be another one. Modules of th
 __all__ = ['tensors_of', 'base_dl', 'n_inputs', 'one_input', 'copy_dl', 'all_rows_dl', 'check_loader', 'some_batches',
            'evaluating', 'rehearsing', 'looking', 'unmoved']
 
-# %% ../nbs/05a_probe.ipynb #b38243ac
+# %% ../nbs/05a_probe.ipynb #ee550ef3
 from contextlib import contextmanager
 from copy import copy
 from itertools import islice
@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_flatten
 
 from .core import *
 
-# %% ../nbs/05a_probe.ipynb #e20728d2
+# %% ../nbs/05a_probe.ipynb #e495f785
 def tensors_of(
     o, # A tensor, or tensors in lists, tuples and dicts
 )->list: # Of tensors
     "All tensors in `o`, in order"
     return [t for t in tree_flatten(o)[0] if isinstance(t, Tensor)]
 
-# %% ../nbs/05a_probe.ipynb #57f212ba
+# %% ../nbs/05a_probe.ipynb #7878b955
 def base_dl(
     dl, # A fastai loader, or one process's share of one
 )->DataLoader: # The whole loader
@@ -49,14 +49,13 @@ def one_input(
     with same_random(): b = learn._set_device(base_dl(dl).one_batch())
     return tuple(o.as_subclass(Tensor) if isinstance(o, TensorBase) else o for o in b[:n_inputs(dls, b)])
 
-# %% ../nbs/05a_probe.ipynb #4bc7b39f
+# %% ../nbs/05a_probe.ipynb #671a5465
 def copy_dl(
-    dl, # A fastai `DataLoader`
-    /,
+    loader, # A fastai `DataLoader`
     **attrs # Attributes of the copy
 )->DataLoader: # The copy
-    "A copy of `dl` with `attrs` in place of its own"
-    res,fake = copy(dl),copy(dl.fake_l)
+    "A copy of `loader` with `attrs` in place of its own"
+    res,fake = copy(loader),copy(loader.fake_l)
     res.fake_l,fake.d,fake.dataset,fake.default = fake,res,fake,res
     for k,v in attrs.items(): setattr(res, k, v)
     return res
@@ -68,7 +67,7 @@ def all_rows_dl(
     "`dl`, once through the items `idxs` in this order"
     return copy_dl(dl, get_idxs=partial(list, idxs), randomize=noop, drop_last=False, n=len(idxs))
 
-# %% ../nbs/05a_probe.ipynb #13f6bd8e
+# %% ../nbs/05a_probe.ipynb #291ecd05
 def check_loader(
     dl, # A loader
 ):
@@ -94,7 +93,7 @@ def some_batches(
         except FeatureError: pass # its items have no numbers
         return [learn._set_device(b) for b in islice(dl, n)]
 
-# %% ../nbs/05a_probe.ipynb #756a5b91
+# %% ../nbs/05a_probe.ipynb #830178e9
 @contextmanager
 def evaluating(
     model:nn.Module, # Any model
@@ -119,7 +118,7 @@ def rehearsing(
         with torch.no_grad():
             for b,o in bufs: b.copy_(o)
 
-# %% ../nbs/05a_probe.ipynb #303b9af6
+# %% ../nbs/05a_probe.ipynb #8a0cf5f9
 @contextmanager
 def looking(
     model:nn.Module, # Any model

@@ -22,7 +22,7 @@ from torch import nn
 
 from .core import *
 
-# %% ../nbs/00_registry.ipynb #23cf0aab
+# %% ../nbs/00_registry.ipynb #8cd225c0
 _all_ = ['DiscriminativeError','FamilyError','SplitterError','PresetError','WeightsError']
 
 # %% ../nbs/00_registry.ipynb #88c5941f

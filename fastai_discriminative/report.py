@@ -20,7 +20,7 @@ from .probe import *
 from .learner import _stock_groups
 from .strategies import _sum_sq
 
-# %% ../nbs/10_report.ipynb #9c224af6
+# %% ../nbs/10_report.ipynb #cd08988c
 _all_ = ['ReportError']
 
 # %% ../nbs/10_report.ipynb #49bdc785

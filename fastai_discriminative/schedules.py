@@ -7,7 +7,7 @@ A step on cached features takes a few milliseconds, so what a schedule and a rec
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/05d_schedules.ipynb #ab1cfd26
+# %% ../nbs/05d_schedules.ipynb #70514986
 from bisect import bisect
 
 from fastai.basics import *

@@ -7,7 +7,7 @@ Kaggle kernels have no internet, so weights come from files. What timm would pas
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/05e_weights.ipynb #40f9a940
+# %% ../nbs/05e_weights.ipynb #20b77455
 import inspect,re,warnings
 from contextlib import contextmanager
 from pathlib import Path
