@@ -7,6 +7,7 @@ The training loop, the data and the callbacks stay fastai's, and nothing changes
 
 Modules:
 
+- `fastai_discriminative.backbone`: What a model is called inside wrappers, which of its modules are norms, and where in it the pretrained backbone is
 - `fastai_discriminative.checks`: The whole battery of proofs for a splitter or a family, in one line of pytest
 - `fastai_discriminative.compare`: Should new layers learn faster than pretrained ones? Ask your own data: several strategies, several seeds, one call
 - `fastai_discriminative.coverage`: What was proved, for which architectures, by which rule, and where it does not hold
@@ -16,12 +17,15 @@ Modules:
 - `fastai_discriminative.features`: What frozen layers make of an image, computed once: the frozen prefix of a model, and training on its cached results
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
 - `fastai_discriminative.holding`: Callbacks that take something of a learner while it trains, and give it back however the fit ends
+- `fastai_discriminative.layers`: For each parameter of a model: its layer, its depth, and whether it is new, a norm's, undecayed, shared or unused
 - `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
+- `fastai_discriminative.paths`: What a layer is, which layers belong together, and how deep each is on the way from the input to the head
 - `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
 - `fastai_discriminative.probe`: Ask a model and its data something, and leave both as they were
 - `fastai_discriminative.registry`: Which family an architecture belongs to, and what the package knows about that family
 - `fastai_discriminative.report`: What a fine-tune did to the pretrained layers: how far they moved, and whether they still say the same
+- `fastai_discriminative.rules`: Four rules that any splitter has to keep, and what breaks them by name
 - `fastai_discriminative.strategies`: Who trains, for how long, how fast: every practice of fine-tuning by name, and `auto`, which measures before it moves
 - `fastai_discriminative.trace`: The order in which a model really uses its parameters"""
 

@@ -1,7 +1,10 @@
 "Everything meant for `from fastai_discriminative.all import *`, after `from fastai.vision.all import *`"
 from .registry import *
 from .trace import *
+from .backbone import *
+from .layers import *
 from .groups import *
+from .rules import *
 from .presets import *
 from .families import *
 from .optimizer import *

@@ -17,9 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .core import *
 from .groups import *
-from .groups import _clean
+from .backbone import *
 from .probe import *
-from .freeze import _group_of
 from .phases import *
 from .strategies import _backward,_grad_ratios,_inputs,_loss,_lp
 
@@ -30,7 +29,7 @@ def _norm_means(learn, xb):
     "Layers with running statistics by name, and the mean of what each gets for the inputs `xb`"
     got = {}
     def _look(n, m, args): got[n] = m,args[0].detach().float().mean([0,*range(2, args[0].ndim)])
-    hs = [m.register_forward_pre_hook(partial(_look, _clean(n))) for n,m in learn.model.named_modules() if _has_stats(m)]
+    hs = [m.register_forward_pre_hook(partial(_look, clean_name(n))) for n,m in learn.model.named_modules() if _has_stats(m)]
     try:
         with torch.no_grad(), looking(learn.model): learn.model(*xb)
     finally:
@@ -45,7 +44,7 @@ def _norm_shifts(learn, xb):
 def _batch_stats_win(learn, batches):
     "Does the model do better on `batches` with norm statistics of these than with its running ones?"
     head = {n for g in learn.splitter.find(learn.model) if g.is_head for n in g.param_names}
-    bns = [m for n,m in learn.model.named_modules() if _has_stats(m) and f'{_clean(n)}.weight' not in head]
+    bns = [m for n,m in learn.model.named_modules() if _has_stats(m) and f'{clean_name(n)}.weight' not in head]
     if not bns: return False
     def _mean_loss(): return sum(float(_loss(learn, b)) for b in batches)/len(batches)
     with torch.no_grad(), rehearsing(learn.model), looking(learn.model):
@@ -132,8 +131,8 @@ def _measure(self:_AutoRates, learn):
 # %% ../nbs/08a_auto.ipynb #c95e536c
 def _evidence(learn, groups, shifts, ratios, losses, lrs, norm):
     "Everything that was seen, by group"
-    where,kb = {n:i for i,g in enumerate(groups) for n in g.param_names},getattr(learn, 'keep_best', None)
-    by = [[s for n,s in shifts.items() if _group_of(n, where)==i] for i in range(len(groups))]
+    kb = getattr(learn, 'keep_best', None)
+    by = [[s for n,s in shifts.items() if groups.group_of(n)==i] for i in range(len(groups))]
     means = [float(np.mean(o)) if o else float('nan') for o in by]
     return AutoEvidence(kb.value if kb else float('nan'), kb.monitor if kb else '', means, ratios, dict(zip(_shares, losses)), lrs, norm, groups.names)
 

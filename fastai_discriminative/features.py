@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten,tree_unflatten
 
 from .core import *
 from .groups import *
-from .groups import _clean,_unwrap
+from .backbone import *
 from .probe import *
 from .holding import *
 from .freeze import *
@@ -195,7 +195,7 @@ def _prefix(self:CachedFeatures, xb):
     self.model.train()
     for cb in self.learn.cbs:
         if isinstance(cb, TrueFreeze): cb.hold()
-    norms = [(_clean(n),m) for n,m in self.model.named_modules() if m.training and any(k.startswith('running_') and b is not None for k,b in m._buffers.items())]
+    norms = [(clean_name(n),m) for n,m in self.model.named_modules() if m.training and any(k.startswith('running_') and b is not None for k,b in m._buffers.items())]
     moving = [n for n,m in norms if m._parameters and not any(p.requires_grad for p in m.parameters())]
     if moving: raise FeatureError(f"The running statistics of frozen norm layers still move: {list_some(moving, 3)}. "
         f"Split the learner with `train_norm='group'`, 'affine' or False in place of {self.learn.true_freeze.train_norm}.")
@@ -213,7 +213,7 @@ def _autocast(self:CachedFeatures):
 def _key(self:CachedFeatures, i, dl, prefix, models):
     "What the rows of loader `i` depend on; `models` holds the model's part, which loaders share"
     k = tuple(map(id, prefix.modules))
-    if k not in models: models[k] = _model_key(_unwrap(self.model), prefix)
+    if k not in models: models[k] = _model_key(unwrap_model(self.model), prefix)
     return [models[k], _tfms_key(dl), _data_key(dl), self.n_views if i==0 else 0, self._autocast()[0]]
 
 @patch

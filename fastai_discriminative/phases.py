@@ -122,7 +122,7 @@ class StrategyRun(HoldingCallback):
 def _settle(self:StrategyRun, p):
     "`p`, or the same on images if features cannot be kept"
     if not p.cached: return p
-    self.opt.freeze_to(p.frozen)
+    self.learn.true_freeze.freeze_to(p.frozen)
     self.cached.learn = self.learn
     try:
         for dl in self.dls.loaders[:2]: check_loader(base_dl(dl))
@@ -138,7 +138,7 @@ def _enter(self:StrategyRun, i):
     p,tf = self.phases[i],self.learn.true_freeze
     if self._norm is None: self._norm = tf,tf.train_norm
     self.at = i
-    self.opt.freeze_to(p.frozen)
+    tf.freeze_to(p.frozen)
     tf.train_norm = self._norm[1] if p.train_norm is None else p.train_norm
     if self.cached: self.cached.paused = not p.cached
     if self.close and not any(o.cached for o in self.phases[i:]): self.cached.close()
@@ -296,7 +296,8 @@ def _plan(learn, strategy, n_epoch, cbs=None):
     if learn.preset is None: raise PresetError(f"No preset is known in the units of {learn.opt_func}, and {strategy.name!r} needs one. Use `learn.split(fused=True)` for AdamW, or a list of `Phase` with rates.")
     preset = _check_units(learn.preset, learn.opt_func).scaled(*_effective_batch(learn, cbs))
     if not getattr(learn, 'pretrained', True): preset = replace(preset, lr_low=preset.head_lr, lr_high=preset.head_lr, head_mult=1., regime='random')
-    return _check_phases(strategy.phases(_n_epochs(n_epoch), preset, groups), groups)
+    phases = _check_phases(strategy.phases(_n_epochs(n_epoch), preset, groups), groups)
+    return [replace(p, frozen=min(p.frozen%len(groups), groups.n_body)) if p.frozen else p for p in phases] # what is new always trains
 
 # %% ../nbs/07b_phases.ipynb #92337c02
 def _as_strategy(o):

@@ -15,7 +15,7 @@ from fastai.basics import *
 from torch.utils._pytree import tree_flatten,tree_unflatten
 
 from .core import *
-from .groups import _clean,_unwrap
+from .backbone import *
 from .probe import *
 from .holding import *
 
@@ -86,7 +86,7 @@ class FrozenPrefix:
         model:nn.Module, # Any model, frozen and in the modes as it is to be trained
         xb:tuple # Its inputs, tensors, for a batch of a few samples
     ):
-        self.model,self._blanks = _unwrap(model),{}
+        self.model,self._blanks = unwrap_model(model),{}
         if not all(isinstance(o, Tensor) and o.ndim for o in xb): raise FeatureError("The model's inputs are not tensors with a row for each sample. Train without `CachedFeatures`.")
         xb = [o[:4].as_subclass(Tensor) for o in xb]
         awake,self.bs = {m for m in self.model.modules() if m.training},len(xb[0])
@@ -103,7 +103,7 @@ class FrozenPrefix:
     @property
     def names(self)->list: # Of the outermost modules, in the order in which they run
         "Names of the modules whose results are kept or not needed"
-        names = {m:_clean(n) for n,m in self.model.named_modules()}
+        names = {m:n for n,m in named_mods(self.model).items()}
         return [names[m] for m in self.modules]
 
     def __repr__(self): return f"FrozenPrefix({', '.join(self.names)}; {len(self.used)} results used)"

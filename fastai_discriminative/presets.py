@@ -152,6 +152,7 @@ def lrs(
     res = self.lr_high*self.ratio**(1-d)
     has_head = len(d)>1 and (not hasattr(groups, 'depths') or getattr(groups[-1], 'is_head', True))
     if has_head: res[-1] = self.head_lr
+    if hasattr(groups, 'depths'): res[[getattr(g, 'is_new', False) for g in groups]] = self.head_lr
     return res
 
 # %% ../nbs/03_presets.ipynb #6732f4fc

@@ -15,9 +15,9 @@ from fastai.basics import *
 
 from .core import *
 from .groups import *
-from .groups import _named_params,_unwrap,_clean
+from .backbone import *
 from .probe import *
-from .learner import _stock_groups
+from .learner import groups_of
 from .strategies import _sum_sq
 
 # %% ../nbs/10_report.ipynb #cd08988c
@@ -46,8 +46,8 @@ def _group_outputs(model, groups, xb):
     def _keep(i, m, args, out):
         ts = [t for t in tensors_of(out) if t.is_floating_point() and t.ndim>1]
         if ts and len(ts[0])==len(xb[0]): res[i] = ts[0]
-    for name,m in _unwrap(model).named_modules():
-        own = [where[n] for k in m._parameters if (n:=_clean(f'{name}.{k}' if name else k)) in where]
+    for name,m in unwrap_model(model).named_modules():
+        own = [where[n] for k in m._parameters if (n:=clean_name(f'{name}.{k}' if name else k)) in where]
         if own: hs.append(m.register_forward_hook(partial(_keep, max(own))))
     try:
         with torch.no_grad(), evaluating(model): model(*xb)
@@ -74,9 +74,9 @@ class DistortionMeter(Callback):
     def before_fit(self):
         self._n_before = len({r['epoch'] for r in self.rows})
         if self._ref is not None: return
-        self.groups = self.learn.splitter.find(self.learn.model) if in_layer_groups(self.learn) else _stock_groups(self.learn)
+        self.groups = groups_of(self.learn)
         self._xb = tuple(o[:self.n_images] for o in one_input(self.learn))
-        self._ref = {n:p.detach().clone() for n,p in _named_params(self.learn.model).items()},self._outputs()
+        self._ref = {n:p.detach().clone() for n,p in named_params(self.learn.model).items()},self._outputs()
 
     def before_train(self): self._grads = []
     def before_step(self):
@@ -86,7 +86,7 @@ class DistortionMeter(Callback):
 @patch
 def _grad_ratio(self:DistortionMeter):
     "Norm of the body's gradient over that of the head's; `nan` if one of them has none"
-    ps = _named_params(self.learn.model)
+    ps = named_params(self.learn.model)
     body,head = ([ps[n].grad for g in self.groups if g.is_head is h for n in g.param_names if ps[n].grad is not None] for h in (False,True))
     return math.sqrt(_sum_sq(body)/_sum_sq(head)) if body and head and _sum_sq(head) else float('nan')
 
@@ -101,7 +101,7 @@ def _moved(self:DistortionMeter, g, now):
 def after_epoch(self:DistortionMeter):
     if not hasattr(self, '_grads'): return # a skipped epoch
     ratio = float(np.mean(self._grads)) if self._grads else float('nan')
-    now = _named_params(self.learn.model)
+    now = named_params(self.learn.model)
     for g,a,b in zip(self.groups, self._ref[1], self._outputs()):
         same = float('nan') if a is None or b is None else _cka(a, b)
         self.rows.append(dict(epoch=self._n_before+self.epoch+1, group=g.name, moved=self._moved(g, now), cka=same, gradients=ratio))

@@ -20,7 +20,7 @@ from fastai.vision.learner import _default_meta,model_meta
 
 from .core import *
 from .groups import *
-from .groups import _named_params
+from .backbone import *
 from .optimizer import fused_adamw
 from .probe import *
 from .freeze import *
@@ -115,7 +115,7 @@ def _sum_sq(ts): return float(sum(t.detach().float().pow(2).sum() for t in ts))
 
 def _grad_ratios(learn, groups):
     "Norm of the gradient that is there over norm of the weights, for each of `groups`"
-    named = _named_params(learn.model)
+    named = named_params(learn.model)
     ps = [[named[n] for n in g.param_names] for g in groups]
     return [math.sqrt(_sum_sq(p.grad for p in o if p.grad is not None)/max(1e-24, _sum_sq(o))) for o in ps]
 

@@ -124,20 +124,20 @@ def test_statistics_that_do_not_follow():
     _failing('training', Stubborn, 'the running statistics of norm should follow the batch, but rested', input_size=size)
 
 def test_groups_that_are_no_runs(monkeypatch):
-    good = C._gather
-    def bad(model, found, n):
-        gs = good(model, found, n)
+    good = C.cut_groups
+    def bad(m, n):
+        gs = good(m, n)
         if n==4: gs.groups[0],gs.groups[1] = gs.groups[1],gs.groups[0]
         return gs
-    monkeypatch.setattr(C, '_gather', bad)
+    monkeypatch.setattr(C, 'cut_groups', bad)
     _failing('numbers', Net(), 'n_groups=4: the groups are not runs of whole blocks', input_size=size)
 
 def test_refusal_without_the_maximum(monkeypatch):
-    good = C._gather
-    def bad(model, found, n):
+    good = C.cut_groups
+    def bad(m, n):
         if n==9: raise SplitterError('no')
-        return good(model, found, n)
-    monkeypatch.setattr(C, '_gather', bad)
+        return good(m, n)
+    monkeypatch.setattr(C, 'cut_groups', bad)
     _failing('numbers', Net(), 'n_groups=9 of at most .: no', input_size=size)
 
 def test_rates_that_depend_on_the_number(monkeypatch):

@@ -7,11 +7,12 @@ from fastai.vision.models import xresnet
 from torch import nn
 
 from fastai_discriminative.groups import *
-from fastai_discriminative.groups import _named_params
+from fastai_discriminative.rules import *
+from fastai_discriminative.backbone import named_params as _named_params
 from fastai_discriminative.presets import *
 from fastai_discriminative.presets import _table
 from fastai_discriminative.registry import *
-from fastai_discriminative.trace import _output
+from fastai_discriminative.trace import trace_order
 
 try: from timm.optim import param_groups_layer_decay
 except ImportError: from timm.optim.optim_factory import param_groups_layer_decay
@@ -125,7 +126,7 @@ def test_functions_of_fastai(f):
     with torch.device('meta'):
         m = f()
         cut = nn.Sequential(create_body(f(), pretrained=False, cut=model_meta.get(f, dict(cut=-4 if f.__name__.startswith('x') else -2))['cut']), nn.Identity())
-        nf = _output(cut).shape[1]
+        nf = trace_order(cut).output.shape[1]
         cut[1] = create_head(nf, 2)
     family,head = find_family(f).name,[n for n,_ in m.named_parameters()][-2:]
     for model,want in ((m,head), (cut,[n for n,_ in cut.named_parameters() if n.startswith('1.')])):

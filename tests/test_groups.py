@@ -10,7 +10,10 @@ from torch import nn
 from timm.models.vision_transformer import Block,VisionTransformer
 
 from fastai_discriminative.groups import *
-from fastai_discriminative.groups import _merge_small,_named_params,_natural,_partition,_Layer
+from fastai_discriminative.groups import _natural,_partition
+from fastai_discriminative.backbone import named_params as _named_params
+from fastai_discriminative.paths import ModelLayer as _Layer,merge_small as _merge_small
+from fastai_discriminative.rules import *
 from fastai_discriminative.presets import *
 from fastai_discriminative.registry import *
 from fastai_discriminative.registry import _families,_find_name
@@ -29,7 +32,8 @@ def _sound(groups, model):
     assert sorted(n for g in groups for n in g.param_names)==sorted(_named_params(model))
     assert all(g.param_names and g.layers for g in groups)
     ds = groups.depths
-    assert ds==sorted(set(ds)) and 0<=ds[0] and ds[-1]<=1
+    assert ds==sorted(ds) and 0<=ds[0] and ds[-1]<=1
+    assert len(set(ds))==len(ds) or len({l.run for l in groups.map.layers})>1, "only branches are equally deep"
     assert not any(g.is_head for g in groups[:-1])
     assert all(g.span[0]<=g.depth<=g.span[1] for g in groups)
     assert groups[-1].depth==1. if groups[-1].is_head else groups[-1].depth<1
@@ -231,7 +235,9 @@ def test_two_backbones():
         def forward(self, x): return self.fc(torch.cat([self.a(x), self.b(x)], 1))
     m = Two()
     gs = _sound(layer_groups(m), m)
-    assert set(gs[-1].param_names)=={'fc.weight','fc.bias'} and gs.rule=='traced' and gs[0].param_names[0].startswith('a.')
+    assert set(gs[-1].param_names)=={'fc.weight','fc.bias'} and gs.rule=='traced'
+    assert all(len({n[0] for n in g.param_names})==1 for g in gs), 'no group mixes the two'
+    assert {g.span[0] for g in gs if g.depth<.5}>={0.} and sum(g.span[0]==0 for g in gs)==2, 'both begin at the input'
     check_splitter(Splitter(n_groups='block'), m, input_size=(3,160,160))
 
 def test_own_net_of_timm_blocks():

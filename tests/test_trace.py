@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations
 
 from fastai_discriminative.registry import *
 from fastai_discriminative.trace import *
-from fastai_discriminative.trace import _input_sizes,_output
+from fastai_discriminative.trace import input_sizes as _input_sizes
 
 v4 = torch.zeros(2,4)
 
@@ -184,7 +184,7 @@ Out = namedtuple('Out', 'logits aux')
 @pytest.mark.parametrize('wrap', [lambda o: dict(out=o), lambda o: (o,[o]), lambda o: Out(o,None), lambda o: None])
 def test_any_output(wrap): assert len(trace_order(Net(lambda s,x: wrap(s.a(x)), a=lin()), v4).order)==2
 
-def test_output_has_the_right_shape(): assert _output(timm.create_model('resnet10t', num_classes=7)).shape==(1,7)
+def test_output_has_the_right_shape(): assert trace_order(timm.create_model('resnet10t', num_classes=7)).output.shape==(1,7)
 
 # ## What is not used
 
