@@ -36,7 +36,7 @@ def passes(model):
 
 def measure(arch):
     "One row"
-    model = trace._meta_model(arch)
+    model = trace.blank_model(arch)
     gs,n = layer_groups(model),passes(model)
     row = dict(arch=arch, rule=gs.rule, params=len(list(model.parameters())), passes=n)
     if gs.rule=='traced': return dict(row, ours=seconds([lambda: layer_groups(model)], 3)[0])

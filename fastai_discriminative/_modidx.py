@@ -729,6 +729,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fastai_discriminative/layers.py'),
                                               'fastai_discriminative.layers._lacking': ( 'layers.html#_lacking',
                                                                                          'fastai_discriminative/layers.py'),
+                                              'fastai_discriminative.layers._module_params': ( 'layers.html#_module_params',
+                                                                                               'fastai_discriminative/layers.py'),
                                               'fastai_discriminative.layers._no_wd_names': ( 'layers.html#_no_wd_names',
                                                                                              'fastai_discriminative/layers.py'),
                                               'fastai_discriminative.layers._numel': ( 'layers.html#_numel',

@@ -68,7 +68,7 @@ def _walk(m, dot, params, norms, again, seen):
     "Add the parameters of `m` by name to `params`, norm layers to `norms`, and what was there before to `again`"
     if id(m) in seen: return again.append((dot, m))
     seen.add(id(m))
-    if is_norm(m): norms.append(dot[:-1])
+    if (_norm_class(type(m)) or m._buffers) and is_norm(m): norms.append(dot[:-1])
     for n,p in m._parameters.items():
         if p is None: continue
         if id(p) in seen: again.append((dot+n, p))
@@ -76,7 +76,7 @@ def _walk(m, dot, params, norms, again, seen):
             seen.add(id(p))
             params[dot+n] = p
     for n,c in m._modules.items():
-        if c is not None: _walk(c, f'{dot}{n}.', params, norms, again, seen)
+        if c is not None and (c._modules or c._parameters or c._buffers): _walk(c, f'{dot}{n}.', params, norms, again, seen)
 
 # %% ../nbs/01a_backbone.ipynb #7c6704cc
 def _cleaner(names):
@@ -131,11 +131,9 @@ class Backbone:
         params:dict, # Name in the whole model -> parameter
     )->tuple: # Two dicts: the body's, with names as in the backbone, and the head's, with names as in the whole model
         "Those of `params` that are pretrained body, and those that are new head"
-        n,body,head = len(self.prefix),{},{}
-        for k,p in params.items():
-            if not k.startswith(self.prefix) or k.startswith(self.classifier): head[k] = p
-            else: body[k[n:]] = p
-        return body,head
+        n,cls = len(self.prefix),self.classifier
+        head = {k:p for k,p in params.items() if not k.startswith(self.prefix) or k.startswith(cls)}
+        return {k[n:]:p for k,p in params.items() if k not in head},head
 
 # %% ../nbs/01a_backbone.ipynb #b4d5db7d
 def classifier_names(

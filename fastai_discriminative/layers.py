@@ -51,8 +51,15 @@ def _item_params(o):
     "Parameters of what a family yields: a module, a parameter, `None`, or a list or tuple of those"
     if o is None: return ()
     if isinstance(o, Tensor): return (o,)
-    subs = (*o._parameters.values(), *o._modules.values()) if isinstance(o, nn.Module) else o # twice as fast as `parameters()`
-    return [p for i in subs if i is not None for p in _item_params(i)]
+    if isinstance(o, nn.Module): return _module_params(o, [])
+    return [p for i in o for p in _item_params(i)]
+
+def _module_params(m, res):
+    "`res`, with the parameters of `m` added: `parameters()`, three times as fast"
+    res += [p for p in m._parameters.values() if p is not None]
+    for c in m._modules.values():
+        if c is not None and (c._modules or c._parameters): _module_params(c, res)
+    return res
 
 # %% ../nbs/01c_layers.ipynb #30a95a8a
 def _collect(items, params):
@@ -193,7 +200,8 @@ def _find_layers(model, bb, params, x, input_size):
     if tr is not None: layers = merge_beside(layers, tr)
     layers = place_layers(layers, tr)
     dot = bb.prefix if bb else ''
-    if dot: layers = [replace(l, param_names=tuple(dot+n for n in l.param_names)) for l in layers]
+    if dot:
+        for l in layers: l.param_names = tuple(dot+n for n in l.param_names)
     if tr: tr = replace(tr, order=[dot+n for n in tr.order], unused=[dot+n for n in tr.unused], uses=[], ends=0, output=None)
     return replace(res, layers=sorted(layers, key=lambda l: l.depth) if tr else layers, trace=tr)
 
@@ -250,10 +258,10 @@ def new_parts(
     return res
 
 def _lacking(model, params):
-    "Names in `params` that a checkpoint lacked which `load_pretrained` read into `model` or a part of it"
-    if not any('not_in_checkpoint' in m.__dict__ for m in model.modules()): return ()
-    ids = {id(p) for m in model.modules() for n,p in m.named_parameters() if n in m.__dict__.get('not_in_checkpoint', ())}
-    return tuple(n for n,p in params.items() if id(p) in ids)
+    "Names in `params` that a checkpoint lacked which `load_pretrained` read into `model` or one of its children"
+    mods = [m for m in (model, *model._modules.values()) if 'not_in_checkpoint' in m.__dict__]
+    ids = {id(p) for m in mods for n,p in m.named_parameters() if n in m.not_in_checkpoint}
+    return tuple(n for n,p in params.items() if id(p) in ids) if ids else ()
 
 # %% ../nbs/01c_layers.ipynb #80ef3d58
 @dataclass(repr=False)

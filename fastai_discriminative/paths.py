@@ -11,7 +11,7 @@ __all__ = ['ModelLayer', 'merge_entangled', 'place_layers', 'merge_small', 'merg
 # %% ../nbs/01b_paths.ipynb #430b9ea8
 import re
 from collections import Counter
-from dataclasses import dataclass,replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from .trace import *
@@ -92,10 +92,13 @@ def _any(masks):
 def place_layers(
     layers:list, # Of `ModelLayer`, in order of first use
     tr:ModelTrace|None=None, # Tells what feeds what; without it they follow one after the other
-)->list: # The same, with `before`, `path` and `run`
-    "Find the places of `layers` on the longest paths, and their runs"
+)->list: # The same layers, with `before`, `path` and `run`
+    "Note the places of `layers` on the longest paths, and their runs"
     n = len(layers)
-    feeds = _reduced(_feeds(layers, tr))[0] if tr else [{i-1} if i else set() for i in range(n)]
+    if not tr:
+        for i,l in enumerate(layers): l.before,l.path = i,n
+        return layers
+    feeds = _reduced(_feeds(layers, tr))[0]
     n_next,before,after,runs = Counter(j for f in feeds for j in f),[0]*n,[1]*n,[]
     for i,f in enumerate(feeds): before[i] = max((before[j]+1 for j in f), default=0)
     for i in range(n-1, -1, -1):
@@ -103,7 +106,8 @@ def place_layers(
     for i,f in enumerate(feeds):
         j = next(iter(f)) if len(f)==1 else None
         runs.append(runs[j] if j is not None and n_next[j]==1 else max(runs, default=-1)+1)
-    return [replace(l, before=b, path=b+a, run=r) for l,b,a,r in zip(layers, before, after, runs)]
+    for l,b,a,r in zip(layers, before, after, runs): l.before,l.path,l.run = b,b+a,r
+    return layers
 
 # %% ../nbs/01b_paths.ipynb #d4e2b825
 def merge_small(
@@ -111,10 +115,9 @@ def merge_small(
     tr:ModelTrace|None=None, # Tells what feeds what; without it they follow one after the other
 )->list: # Of `ModelLayer`
     "`layers` with each small one merged into its neighbour"
-    feeds = _feeds(layers, tr) if tr else [{i-1} for i in range(len(layers))]
-    res,parts = [],[set()]
+    feeds,res,parts = tr and _feeds(layers, tr),[],[set()]
     for i,l in enumerate(layers):
-        if res and (l.small or res[-1].small) and feeds[i] & parts[-1]:
+        if res and (l.small or res[-1].small) and (not tr or feeds[i] & parts[-1]):
             res[-1] = _join(res[-1], l, (res[-1] if l.small else l).name)
             parts[-1].add(i)
         else:
