@@ -144,8 +144,7 @@ def _new_group(m, name, names, is_head=False):
 
 def _as_groups(m, cuts):
     "`LayerGroup`s of the runs `cuts` of map `m`, of its new layers, and of its head"
-    new = [_new_group(m, k, ns) for k,ns in m.new.items() if not set(ns)<=set(m.head)]
-    return [*map(_body_group, cuts), *new, *([_new_group(m, m.head_name, m.head, True)] if m.head else [])]
+    return [*map(_body_group, cuts), *(_new_group(m, k, ns) for k,ns in m.new.items()), *([_new_group(m, m.head_name, m.head, True)] if m.head else [])]
 
 # %% ../nbs/02_groups.ipynb #7bdff1d2
 class LayerGroups(Sequence):

@@ -186,16 +186,18 @@ def _known_layers(bb, body, head, x, input_size):
     tr = _trace_known(bb.module, x, input_size)
     return _Found(_traced_layers(bb.module, body, tr), head, 'traced', tr)
 
-def _trace_all(model, params, x, input_size):
+def _trace_all(model, params, old, x, input_size):
     "What is found in an unknown `model`: its head is the second half of a fastai body-and-head pair, or else its last layer"
     tr = clean_trace(model, x, input_size)
     layers,(prefix,_) = _traced_layers(model, params, tr),cut_body(model)
     head = {n for n in params if not n.startswith(prefix)} if prefix else set(merge_small(layers, tr)[-1].param_names)
+    if old is not params: layers = _traced_layers(model, {n:p for n,p in old.items() if n not in head}, tr)
     return _Found([l for l in layers if not head.issuperset(l.param_names)], {n:p for n,p in params.items() if n in head}, 'traced', tr)
 
-def _find_layers(model, bb, params, x, input_size):
-    "Layers of `model` that hold `params`, in their places"
-    res = _trace_all(model, params, x, input_size) if bb is None else _known_layers(bb, *bb.body_and_head(params), x, input_size)
+def _find_layers(model, bb, params, old, x, input_size):
+    "Layers of `model` that hold those of `params` that are `old`, in their places, and its head"
+    if bb is None: res = _trace_all(model, params, old, x, input_size)
+    else: res = _known_layers(bb, bb.body_and_head(old)[0], bb.body_and_head(params)[1], x, input_size)
     tr,layers = res.trace,merge_small(res.layers, res.trace)
     if tr is not None: layers = merge_beside(layers, tr)
     layers = place_layers(layers, tr)
@@ -340,7 +342,7 @@ def __repr__(self:ModelMap):
     return f"{self.arch or self.family or 'model'}: {len(rows)} layers, {self.rule}\n{text_table(('layer','parameters','depth','new'), rows)}"
 
 # %% ../nbs/01c_layers.ipynb #e48a516e
-def _without(params, new): 
+def _without(params, new):
     "`params` without those of the parts `new`"
     named = {n for ns in new.values() for n in ns}
     return {n:p for n,p in params.items() if n not in named} if named else params
@@ -359,7 +361,8 @@ def model_map(
     _check_arch(arch, bb)
     new = new_parts(model, new) if new else {}
     if lacking := _lacking(model, w.params): new = {'not in the checkpoint':lacking, **new}
-    found = _find_layers(model, bb, _without(w.params, new), x, input_size)
+    found = _find_layers(model, bb, w.params, _without(w.params, new), x, input_size)
+    new = {k:ns for k,o in new.items() if (ns := tuple(n for n in o if n not in found.head))}
     name,head_name = type(model).__name__,'decoder' if type(model).__name__=='DynamicUnet' else 'head'
     return ModelMap(found.layers, tuple(found.head), new, found.rule, bb.family.name if bb else name, bb.arch if bb else '',
         {n:tuple(p.shape) for n,p in w.params.items()}, frozenset(w.norms), frozenset(_no_wd_names(bb, w.params)), w.aliases,
