@@ -13,7 +13,8 @@ from fastai.optimizer import Adam,SGD,RAdam,QHAdam,Lamb,Larc,RMSProp,ranger,Opti
 
 from fastai_discriminative.groups import ParamLists
 from fastai_discriminative.optimizer import FusedOptimizer,OptimizerStateError,fused_adamw,fused_sgd,optimizer_units
-from fastai_discriminative.optimizer import _works,_same_layout,_like
+from fastai_discriminative.moments import copy_like,same_layout
+from fastai_discriminative.optimizer import _works
 from fastai_discriminative.registry import DiscriminativeError
 
 impls = [o for o in ('fused','foreach','loop') if _works(torch.optim.AdamW, o, torch.device('cpu'), torch.float32)]
@@ -141,7 +142,7 @@ def test_falls_back_where_fused_does_not_work(old, new, impl):
 
 def decayed(opt):
     opt._sort_groups()
-    return {opt._name(p) for g,(_,d) in zip(opt.opt.param_groups, opt._slots) for p in g['params'] if d}
+    return {opt._name(p) for g,(_,d) in zip(opt.opt.param_groups, opt._halves.slots) for p in g['params'] if d}
 
 def test_who_is_decayed():
     m = net()
@@ -164,7 +165,7 @@ def test_wd_reaches_the_decayed_half_of_its_group_only():
     opt = fused_adamw(named(m), 1e-3)
     opt.set_hyper('wd', [0.1,0.2,0.3])
     opt._sync()
-    assert [(i,d,g['weight_decay']) for g,(i,d) in zip(opt.opt.param_groups, opt._slots)]==[
+    assert [(i,d,g['weight_decay']) for g,(i,d) in zip(opt.opt.param_groups, opt._halves.slots)]==[
         (0,True,0.1),(0,False,0.),(1,True,0.2),(1,False,0.),(2,True,0.3),(2,False,0.)]
     assert [h['wd'] for h in opt.hypers]==[0.1,0.2,0.3] and len(opt.param_groups)==len(opt.param_lists)==3
 
@@ -426,13 +427,13 @@ def test_flags_written_after_creation_count():
     opt = fused_adamw(named(m), 1e-2, decay_1d=True)
     opt.state[m[0].weight]['do_wd'] = False
     run(m, opt, 1)
-    assert [d for g,(_,d) in zip(opt.opt.param_groups, opt._slots) for p in g['params'] if p is m[0].weight]==[False]
+    assert [d for g,(_,d) in zip(opt.opt.param_groups, opt._halves.slots) for p in g['params'] if p is m[0].weight]==[False]
 
 def test_layout_helpers():
     t = torch.randn(4,3,2,2)
     cl = t.contiguous(memory_format=torch.channels_last)
-    assert not _same_layout(t, cl) and torch.equal(_like(cl, t), t) and _like(cl, t).stride()==cl.stride()
-    assert not _like(nn.Parameter(t), t).requires_grad and _like(t, t) is not t
+    assert not same_layout(t, cl) and torch.equal(copy_like(cl, t), t) and copy_like(cl, t).stride()==cl.stride()
+    assert not copy_like(nn.Parameter(t), t).requires_grad and copy_like(t, t) is not t
 
 # ---- state by name
 
