@@ -3,6 +3,7 @@ import os,random
 os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1')
 
 import numpy as np,pytest,torch
+from PIL import Image
 
 _ours = ('PYTEST_', 'COV_')
 
@@ -36,3 +37,12 @@ def no_leaks():
     assert not leaks, f"environment variables left changed: {leaks}"
     assert not moved, "the working folder was left changed"
     assert not switched, "gradients were left switched on or off"
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    "45 noisy images of 32 pixels in three classes"
+    path,rng = tmp_path_factory.mktemp('images'),np.random.default_rng(0)
+    for i,c in enumerate(('ant','bee','cow')):
+        (path/c).mkdir()
+        for j in range(15): Image.fromarray(rng.integers(40*i, 120+40*i, (32,32,3), dtype=np.uint8)).save(path/c/f'{j}.png')
+    return path
