@@ -3,6 +3,7 @@ import os,random
 os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1')
 
 import numpy as np,pytest,torch
+from PIL import Image
 
 _ours = ('PYTEST_', 'COV_')
 
@@ -36,3 +37,37 @@ def no_leaks():
     assert not leaks, f"environment variables left changed: {leaks}"
     assert not moved, "the working folder was left changed"
     assert not switched, "gradients were left switched on or off"
+
+# ---- data
+
+def _images(path, n, lo, hi):
+    "`n` noisy images of 32 pixels in each of three classes, each brighter by `lo` than the one before"
+    rng = np.random.default_rng(0)
+    for i,c in enumerate(('ant','bee','cow')):
+        (path/c).mkdir()
+        for j in range(n): Image.fromarray(rng.integers(lo*i, hi+lo*i, (32,32,3), dtype=np.uint8)).save(path/c/f'{j}.png')
+    return path
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    "30 images whose classes are hard to tell"
+    return _images(tmp_path_factory.mktemp('images'), 10, 40, 120)
+
+@pytest.fixture(scope='session')
+def bright(tmp_path_factory):
+    "48 images whose classes are easy to tell"
+    return _images(tmp_path_factory.mktemp('bright'), 16, 60, 90)
+
+@pytest.fixture
+def dls(folder):
+    from fastai.vision.all import ImageDataLoaders
+    return ImageDataLoaders.from_folder(folder, valid_pct=0.3, seed=1, bs=8, num_workers=0)
+
+@pytest.fixture(scope='session')
+def ckpt(tmp_path_factory):
+    "A folder with a checkpoint of `resnet10t`, `w.pth`"
+    import timm
+    path = tmp_path_factory.mktemp('ckpt')
+    torch.manual_seed(7)
+    torch.save(timm.create_model('resnet10t').state_dict(), path/'w.pth')
+    return path
