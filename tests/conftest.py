@@ -1,9 +1,13 @@
 "One thread, no network, no display, fixed seeds; and no test may leave the environment or the working folder changed"
 import os,random
-os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1')
+os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
 import numpy as np,pytest,torch
 from PIL import Image
+
+def pytest_addoption(parser):
+    parser.addoption('--zoo', action='store_true', help='prove every architecture, not only the smallest of each kind')
+    parser.addoption('--zoo-sample', type=int, metavar='SEED', help='prove a random thirtieth of all architectures besides')
 
 _ours = ('PYTEST_', 'COV_')
 

@@ -1,5 +1,5 @@
 "Our light schedules and recorder give what fastai's give, and leave fastai's alone"
-import copy,random
+import copy
 import pytest,torch
 from fastai.vision.all import Callback
 
