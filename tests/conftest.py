@@ -1,9 +1,13 @@
 "One thread, no network, no display, fixed seeds; and no test may leave the environment or the working folder changed"
 import os,random
-os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1')
+os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
 import numpy as np,pytest,torch
 from PIL import Image
+
+def pytest_addoption(parser):
+    parser.addoption('--zoo', action='store_true', help='prove every architecture, not only the smallest of each kind')
+    parser.addoption('--zoo-sample', type=int, metavar='SEED', help='prove a random thirtieth of all architectures besides')
 
 _ours = ('PYTEST_', 'COV_')
 
@@ -38,11 +42,41 @@ def no_leaks():
     assert not moved, "the working folder was left changed"
     assert not switched, "gradients were left switched on or off"
 
-@pytest.fixture(scope='session')
-def folder(tmp_path_factory):
-    "45 noisy images of 32 pixels in three classes"
-    path,rng = tmp_path_factory.mktemp('images'),np.random.default_rng(0)
+# ---- data
+
+def _images(path, n, lo, hi):
+    "`n` noisy images of 32 pixels in each of three classes, each brighter by `lo` than the one before"
+    rng = np.random.default_rng(0)
     for i,c in enumerate(('ant','bee','cow')):
         (path/c).mkdir()
-        for j in range(15): Image.fromarray(rng.integers(40*i, 120+40*i, (32,32,3), dtype=np.uint8)).save(path/c/f'{j}.png')
+        for j in range(n): Image.fromarray(rng.integers(lo*i, hi+lo*i, (32,32,3), dtype=np.uint8)).save(path/c/f'{j}.png')
+    return path
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    "30 images whose classes are hard to tell"
+    return _images(tmp_path_factory.mktemp('images'), 10, 40, 120)
+
+@pytest.fixture(scope='session')
+def many(tmp_path_factory):
+    "45 images whose classes are hard to tell"
+    return _images(tmp_path_factory.mktemp('many'), 15, 40, 120)
+
+@pytest.fixture(scope='session')
+def bright(tmp_path_factory):
+    "48 images whose classes are easy to tell"
+    return _images(tmp_path_factory.mktemp('bright'), 16, 60, 90)
+
+@pytest.fixture
+def dls(folder):
+    from fastai.vision.all import ImageDataLoaders
+    return ImageDataLoaders.from_folder(folder, valid_pct=0.3, seed=1, bs=8, num_workers=0)
+
+@pytest.fixture(scope='session')
+def ckpt(tmp_path_factory):
+    "A folder with a checkpoint of `resnet10t`, `w.pth`"
+    import timm
+    path = tmp_path_factory.mktemp('ckpt')
+    torch.manual_seed(7)
+    torch.save(timm.create_model('resnet10t').state_dict(), path/'w.pth')
     return path

@@ -179,19 +179,20 @@ def test_a_factory_that_starts_elsewhere_each_time():
 
 # ---- many processes
 
-def test_processes_give_what_one_gives():
-    a = compare_strategies(make, ['uniform','lp_ft'], 2, seeds=2)
-    with joblib.parallel_config(n_jobs=2): b = compare_strategies(make, ['uniform','lp_ft'], 2, seeds=2)
-    np.testing.assert_allclose(a.results.valid_loss, b.results.valid_loss, rtol=1e-5)
+def _pair(): return compare_strategies(make, ['uniform','lp_ft'], 1, seeds=2).results.valid_loss
 
-def test_a_dask_cluster_of_two_workers():
+@pytest.fixture(scope='module')
+def alone(): return _pair()
+
+def test_processes_give_what_one_gives(alone):
+    with joblib.parallel_config(n_jobs=2): np.testing.assert_allclose(alone, _pair(), rtol=1e-5)
+
+def test_a_dask_cluster_of_two_workers(alone):
     # the dev extra brings it, so CI runs this; the environment of the oldest versions is made without that extra (CONTRIBUTING)
     distributed = pytest.importorskip('distributed', reason='dask is not installed: it comes with the dev extra, which the oldest versions are tested without')
     local = partial(distributed.LocalCluster, n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
     with patch.dict(os.environ), local() as cluster, distributed.Client(cluster):
-        with joblib.parallel_config(backend='dask'): c = compare_strategies(make, ['uniform','lp_ft'], 2, seeds=2)
-    one = compare_strategies(make, ['uniform','lp_ft'], 2, seeds=2)
-    np.testing.assert_allclose(c.results.valid_loss, one.results.valid_loss, rtol=1e-5)
+        with joblib.parallel_config(backend='dask'): np.testing.assert_allclose(_pair(), alone, rtol=1e-5)
 
 def test_jobs_share_the_cores(monkeypatch):
     monkeypatch.setattr(cm.os, 'cpu_count', lambda: 8)

@@ -15,6 +15,9 @@ from fastai.vision.all import (Callback,CategoryBlock,CrossEntropyLossFlat,DataB
 from fastai_discriminative import features,keys
 from fastai_discriminative.all import *
 
+@pytest.fixture(scope='session')
+def folder(many): return many
+
 # ---- data and learners
 
 def make_dls(folder, **kwargs):

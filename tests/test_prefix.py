@@ -5,6 +5,9 @@ from torch import nn
 from fastai_discriminative.all import *
 from test_features import conv,ours,own_net
 
+@pytest.fixture(scope='session')
+def folder(many): return many
+
 # ---- what the rest uses
 
 def test_what_only_training_uses():

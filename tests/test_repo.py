@@ -156,3 +156,48 @@ print(sorted(new & {'transformers','lightning','pytorch_lightning','accelerate',
 """
     res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert res.stdout.strip()=='[] True True', res.stdout+res.stderr[-1000:]
+
+# ---- the house's bars
+
+sources = [o for o in sorted(pkg.glob('*.py')) if o.stem!='_modidx']
+
+def _imports(nodes):
+    "`(module, names)` for each import of one of ours"
+    for o in nodes:
+        if isinstance(o, ast.ImportFrom) and (o.level or (o.module or '').startswith('fastai_discriminative.')):
+            yield (o.module or '').rpartition('.')[2],[a.name for a in o.names]
+
+def test_modules_are_short():
+    long = {o.stem:n for o in sources if (n := len(o.read_text(encoding='utf-8').splitlines()))>400}
+    assert not long, f"modules above 400 lines: {long}"
+
+def test_few_private_names_cross_a_border():
+    private = [f'{o.stem}: {m}.{n}' for o in sources for m,ns in _imports(ast.walk(_tree(o.stem))) for n in ns if re.match(r'_[^_]', n)]
+    assert len(private)<=20, f"{len(private)} private names imported: {private}"
+
+def test_rooms_are_listed_in_the_order_of_their_imports():
+    "So there is no circle of imports either"
+    rooms = re.search(r'^    (\w+(?:\s+->\s+\w+)+)$', (root/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)[1]
+    rooms = re.split(r'\s+->\s+', rooms)
+    assert sorted(rooms)==sorted(mods), f"missing or unknown rooms: {sorted({*rooms}^{*mods})}"
+    back = [f'{a} imports {b}' for a in mods for b,_ in _imports(_tree(a).body) if b in rooms and rooms.index(b)>=rooms.index(a)]
+    assert not back, f"imports the other way round: {back}"
+
+def test_lines_are_short():
+    lines = [l for o in sources for l in o.read_text(encoding='utf-8').splitlines()]
+    long = sum(len(l)>120 for l in lines)
+    assert long<=len(lines)/10, f"{long} of {len(lines)} lines have more than 120 columns"
+
+def test_most_exported_cells_are_shorter_still():
+    cells = [''.join(c['source']).splitlines() for nb in notebooks for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+    sizes = sorted(sum(not l.startswith('#|') for l in c) for c in cells if any(re.match(r'#\|\s*exports?\b', l) for l in c))
+    median,most = sizes[len(sizes)//2],sizes[int(len(sizes)*.9)]
+    assert median<=12 and most<=25, f"lines of exported cells: median {median}, nine in ten up to {most}"
+
+# ---- made files
+
+def test_recipes_are_made_from_the_raw_table(tmp_path):
+    made = tmp_path/'recipes.csv'
+    res = subprocess.run([sys.executable, str(root/'tools/make_recipes.py'), str(root/'tools/recipes_raw.csv'), str(made)], capture_output=True, text=True)
+    assert not res.returncode, res.stderr[-2000:]
+    assert made.read_bytes()==(pkg/'data/recipes.csv').read_bytes(), 'data/recipes.csv is stale: run `python tools/make_recipes.py`'

@@ -1,25 +1,22 @@
-"""Every architecture of timm, every torchvision classifier, every XResNet: all checks that need no weights; and real training steps for the smallest of each kind. Nothing is sampled, nothing skipped
+"""Every architecture of timm, every torchvision classifier, every XResNet: all checks that need no weights; and real training steps for the smallest of each kind
 
-Two processes with one thread each do the work before the first test, for the architectures chosen on the command line; each test then looks at one result."""
-import logging,multiprocessing,time,warnings
-from collections import Counter,deque
-from concurrent.futures import ProcessPoolExecutor,ThreadPoolExecutor
+`pytest` proves the smallest of each kind, `pytest --zoo` proves all, and `--zoo-sample SEED` a random thirtieth besides the smallest."""
+import logging,random,sys,warnings
+from pathlib import Path
 
-import pytest,timm,torch
+import pytest,timm
 
 from fastai_discriminative.checks import *
 from fastai_discriminative.coverage import *
 from fastai_discriminative.core import read_data
 from fastai_discriminative.registry import *
 
+sys.path.insert(0, str(Path(__file__).parent.parent/'tools'))
+from zoo_lock import code,read_lock,versions,zoo_hash
+
 names = list(all_architectures())
 stored = {r['arch']:r for r in read_data('zoo.csv')}
 same_versions = f'timm {timm.__version__},' in read_data('zoo.csv', head=True)
-
-def _start():
-    torch.set_num_threads(1)
-    warnings.simplefilter('ignore')
-    logging.getLogger('timm').setLevel(logging.ERROR)
 
 def _kind(name):
     "What an architecture is the smallest of: its module of timm, or its family"
@@ -40,39 +37,40 @@ def _step(name):
     except Exception as e: return f'{type(e).__name__}: {e}'
     return ''
 
-def _do(job): return (prove if job[0]=='prove' else _step)(job[1])
+def chosen(config):
+    "The architectures that this run proves"
+    if config.option.zoo: return names
+    seed = config.option.zoo_sample
+    return sorted({*smallest(), *(() if seed is None else random.Random(seed).sample(names, len(names)//30))})
 
-@pytest.fixture(scope='module')
-def results(request):
-    "(`'prove'` or `'step'`, name) -> result, for all tests of this page that were asked for"
-    jobs = [j for o in request.session.items if o.path==request.path and (j := getattr(o, 'callspec', None) and o.callspec.params.get('job'))]
-    start,res = time.perf_counter(),{}
-    steps,proofs = (deque(j for j in jobs if j[0]==k) for k in ('step','prove'))
-    steps = deque(sorted(steps, key=lambda j: -int(stored[j[1]]['params']))) # the longest first
-    with ThreadPoolExecutor(2) as threads: list(threads.map(lambda queues: _work(queues, res), ((steps,proofs), (proofs,))))
-    return res,time.perf_counter()-start
+def _step_params():
+    "Large models train in one process, one after the other: two at once may not fit into memory"
+    return [pytest.param(n, marks=[pytest.mark.xdist_group('large')]*(int(stored[n]['params'])>1e8)) for n in smallest()]
 
-def _work(queues, res):
-    "Do the jobs of `queues` in turn, in one process: training steps, which take much memory, are all given to the same one"
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _start) as pool:
-        for q in queues:
-            while q:
-                try: j = q.popleft()
-                except IndexError: break # the other thread was faster
-                res[j] = pool.submit(_do, j).result()
+def pytest_generate_tests(metafunc):
+    if 'arch' in metafunc.fixturenames: metafunc.parametrize('arch', chosen(metafunc.config))
+    if 'small' in metafunc.fixturenames: metafunc.parametrize('small', _step_params())
 
-@pytest.mark.parametrize('job', [('prove',n) for n in names], ids=lambda j: j[1])
-def test_zoo(job, results):
+@pytest.fixture(autouse=True)
+def quiet_timm():
+    log = logging.getLogger('timm')
+    was = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+    log.setLevel(was)
+
+def test_zoo(arch):
     "All checks hold, but for those of the table of exceptions, which have to fail; and the table of coverage says what is"
-    row,bad = results[0][job]
-    known = zoo_exceptions(job[1])
+    row,bad = prove(arch)
+    known = zoo_exceptions(arch)
     assert bad.keys()==known.keys(), [f"{k}: {bad.get(k, 'passes, and is excepted needlessly')}" for k in bad.keys()^known.keys()]
-    if same_versions: assert row==stored.get(job[1]), 'data/zoo.csv is stale: run `python tools/make_zoo.py`'
+    if same_versions: assert row==stored.get(arch), 'data/zoo.csv is stale: run `python tools/make_zoo.py`'
 
-@pytest.mark.parametrize('job', [('step',n) for n in smallest()], ids=lambda j: j[1])
-def test_real_steps(job, results):
+def test_real_steps(small):
     "Forward, backward, optimiser step after split, freeze, freeze_to(-2), unfreeze: what trains moves, what is frozen does not, norms follow `train_norm`"
-    assert not results[0][job]
+    splitter_checks(all_architectures()[small])['training']()
 
 def test_smallest_are_of_every_kind():
     assert {_kind(n) for n in smallest()}=={_kind(n) for n in names if n in stored}
@@ -87,15 +85,22 @@ def test_exceptions_name_architectures():
     assert used=={(r['archs'],r['check']) for r in read_data('exceptions.csv')} or not same_versions # older releases have fewer architectures
     assert all(len(r['reason'])>20 for r in read_data('exceptions.csv'))
 
-def test_nothing_was_left_out(request, results, capsys):
-    asked = {o.callspec.params['job'][1] for o in request.session.items if getattr(o, 'originalname', '')=='test_zoo'}
-    if asked!=set(names): pytest.skip('a part of the zoo was chosen on the command line')
-    res,secs = results
-    rules = Counter(r[0]['rule'] for j,r in res.items() if j[0]=='prove' and r[0]['rule']!='none')
-    tested,excepted = {j[1] for j,r in res.items() if j[0]=='prove' and not r[1]},{n for n in names if zoo_exceptions(n)}
-    steps = sum(j[0]=='step' for j in res)
-    with capsys.disabled():
-        print(f"\n{len(names)} architectures ({len(timm.list_models())} of timm): {', '.join(f'{n} {r}' for r,n in rules.most_common())}; "
-            f"{len(tested)} pass every check, {len(excepted)} are excepted from one; {steps} of them trained for real; {secs:.0f} s in two processes")
-    assert not tested & excepted and tested|excepted==set(names)>=set(timm.list_models())
+def test_nothing_was_left_out(request):
+    "Each process of pytest-xdist collects all tests, and each test of the zoo passes only if all checks hold or are excepted"
+    opt = request.config.option
+    if opt.keyword or opt.markexpr or any('::' in o for o in request.config.args): pytest.skip('a part of the zoo was chosen on the command line')
+    asked = {k:[o.callspec.params[k] for o in request.session.items if k in getattr(getattr(o, 'callspec', None), 'params', ())] for k in ('arch','small')}
+    assert asked=={'arch':chosen(request.config), 'small':smallest()} and set(smallest())<=set(asked['arch'])
+    if opt.zoo: assert set(asked['arch'])==set(names)>=set(timm.list_models())
     if same_versions: assert set(stored)==set(names)
+
+def test_the_proof_is_of_this_code(request):
+    "Words may change; code that decides groups needs a new proof, and `--zoo` is one"
+    if request.config.option.zoo: pytest.skip('this run proves the whole zoo')
+    was = read_lock()
+    if was and was['versions']!=versions(): pytest.skip('the zoo was proved with other versions')
+    assert was.get('code')==zoo_hash(), 'data/zoo.csv was proved with other code: run `python tools/make_zoo.py`'
+
+def test_the_hash_is_of_code_only():
+    a = 'def f(x): # one\n    "One"\n    return x\n'
+    assert code(a)==code('def f(x):\n\n    "Two"\n    return x # two\n')!=code(a.replace('return x', 'return -x'))

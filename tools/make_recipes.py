@@ -1,6 +1,6 @@
 """Make `fastai_discriminative/data/recipes.csv`, the table of published fine-tuning recipes that ships with the package.
 
-    python tools/make_recipes.py RAW.csv [OUT.csv]
+    python tools/make_recipes.py [RAW.csv] [OUT.csv]   # by default from tools/recipes_raw.csv
 
 Copies the columns people read (with their source) and adds the ones the code computes with. A number that the text does not settle stays empty,
 and a row with an empty number is never used. `FIXES` holds the few rows whose text needs a human reading; each says why.
@@ -99,7 +99,7 @@ def make(rows):
         o.update(FIXES.get(int(r['id']), {}))
         yield {k: f'{v:.17g}' if k=='ratio' and v != '' else f'{v:.6g}' if isinstance(v, float) else v for k,v in o.items()}
 
-def main(src, dst=Path(__file__).parent.parent/'fastai_discriminative'/'data'/'recipes.csv'):
+def main(src=Path(__file__).parent/'recipes_raw.csv', dst=Path(__file__).parent.parent/'fastai_discriminative'/'data'/'recipes.csv'):
     rows = list(make(csv.DictReader(open(src, newline='', encoding='utf-8'))))
     with open(dst, 'w', newline='', encoding='utf-8') as f:
         w = csv.DictWriter(f, KEEP+ADDED, lineterminator='\n')

@@ -13,13 +13,20 @@ def _test(path, save):
     print(res.stdout, flush=True)
     return path,res.returncode
 
+# The slowest first, so that no process waits for them at the end
+_slow = 'compare strategies report auto demo performance learner'.split()
+
+def _order(p):
+    "Tutorials, then slow notebooks, then the others by name"
+    return 'tutorials' not in p.parts, next((i for i,o in enumerate(_slow) if o in p.stem), len(_slow)), p.name
+
 @call_parse
 def main(
     n_workers:int=2, # Notebooks at a time
     save:bool=False, # Write outputs back to notebooks on success?
 ):
     "Test all notebooks, and fail if one of them does"
-    with ThreadPoolExecutor(n_workers) as ex: done = list(ex.map(lambda p: _test(p, save), sorted(nbglob(as_path=True))))
+    with ThreadPoolExecutor(n_workers) as ex: done = list(ex.map(lambda p: _test(p, save), sorted(nbglob(as_path=True), key=_order)))
     bad = [str(p) for p,rc in done if rc]
     print(f"{len(done)-len(bad)} of {len(done)} notebooks pass" + (f"; these do not: {', '.join(bad)}" if bad else ''))
     sys.exit(bool(bad))
