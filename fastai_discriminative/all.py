@@ -9,7 +9,6 @@ from .presets import *
 from .families import *
 from .optimizer import *
 from .freeze import *
-from .weights import *
 from .learner import *
 from .builder import *
 from .prefix import *

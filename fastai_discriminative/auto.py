@@ -9,7 +9,6 @@ __all__ = ['AutoEvidence']
 
 # %% ../nbs/08a_auto.ipynb #b645f418
 import math,warnings
-from contextlib import contextmanager
 from dataclasses import dataclass,field,replace
 
 from fastai.basics import *
@@ -20,7 +19,7 @@ from .groups import *
 from .backbone import *
 from .probe import *
 from .phases import *
-from .strategies import _backward,_grad_ratios,_inputs,_loss,_lp
+from .strategies import _lp
 
 # %% ../nbs/08a_auto.ipynb #d6518fe4
 def _has_stats(m): return isinstance(m, _NormBase) and m.running_mean is not None
@@ -36,6 +35,7 @@ def _norm_means(learn, xb):
         for h in hs: h.remove()
     return got
 
+# %% ../nbs/08a_auto.ipynb #3cbfea22
 def _norm_shifts(learn, xb):
     "For each layer with running statistics, how far the data's mean is from the running one, in standard deviations, averaged over channels"
     return {n: float(((mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()).mean()) for n,(m,mean) in _norm_means(learn, xb).items()}
@@ -46,7 +46,7 @@ def _batch_stats_win(learn, batches):
     head = {n for g in learn.splitter.find(learn.model) if g.is_head for n in g.param_names}
     bns = [m for n,m in learn.model.named_modules() if _has_stats(m) and f'{clean_name(n)}.weight' not in head]
     if not bns: return False
-    def _mean_loss(): return sum(float(_loss(learn, b)) for b in batches)/len(batches)
+    def _mean_loss(): return sum(float(batch_loss(learn, b)) for b in batches)/len(batches)
     with torch.no_grad(), rehearsing(learn.model), looking(learn.model):
         own = _mean_loss()
         for m in bns: m.train()
@@ -59,14 +59,14 @@ def _trial(learn, lrs, batches, shares):
     opt = learn.opt_func(learn.splitter(learn.model), lr=learn.lr)
     opt.set_hyper('lr', list(lrs))
     with unmoved(learn.model) as old, looking(learn.model):
-        _backward(learn, batches[:k])
-        ratios = _grad_ratios(learn, learn.splitter.find(learn.model))
+        leave_gradient(learn, batches[:k])
+        ratios = gradient_ratios(learn.model, learn.splitter.find(learn.model))
         opt.step()
         new,losses = [p.detach().clone() for p,_ in old],[]
         with torch.no_grad():
             for s in shares:
                 for (p,o),n in zip(old, new): p.copy_(torch.lerp(o, n, s))
-                losses.append(sum(float(_loss(learn, b)) for b in batches[k:])/(len(batches)-k))
+                losses.append(sum(float(batch_loss(learn, b)) for b in batches[k:])/(len(batches)-k))
     return ratios,losses
 
 # %% ../nbs/08a_auto.ipynb #2f2ddce3
@@ -99,6 +99,7 @@ def _pick_share(losses):
     n = next((i for i,l in enumerate(losses) if not l<=3*min(losses[:i+1])+1e-3), len(losses))
     return _shares[max(1, n-1)]
 
+# %% ../nbs/08a_auto.ipynb #f7dd9a6a
 class _AutoRates:
     "Rates for the body, measured at the first epoch; lower after an epoch that ended clearly below the best"
     def __init__(self, preset, n_epoch): self.preset,self.n_epoch,self.lrs = preset,n_epoch,None
@@ -121,7 +122,7 @@ def _measure(self:_AutoRates, learn):
     top,norm,shifts,ratios,losses = self._top(groups),'running',{},[float('nan')]*len(groups),[]
     try:
         if k: ratios,losses = _trial(learn, top, train, _shares)
-        if k: shifts,norm = _norm_shifts(learn, _inputs(learn, train[0])),'group' if _batch_stats_win(learn, valid) else 'running'
+        if k: shifts,norm = _norm_shifts(learn, train[0][:n_inputs(learn.dls, train[0])]),'group' if _batch_stats_win(learn, valid) else 'running'
     except Exception as e: warnings.warn(f"`auto` could not look at this model, and takes its cautious rates. {type(e).__name__}: {e}")
     lrs = (top*(_pick_share(losses) if losses else .3)).tolist()
     if hasattr(learn, 'strategy_run'): learn.true_freeze.train_norm = norm
@@ -148,6 +149,7 @@ def _is_worse(self:_AutoRates, learn):
     noise = 2*math.sqrt(max(best*(1-best), 1e-4)/len(learn.dls.valid_ds)) if 0<=best<=1 and 'loss' not in kb.monitor else .1*abs(best)
     return gap>noise
 
+# %% ../nbs/08a_auto.ipynb #f138da39
 @patch
 def _step_back(self:_AutoRates, learn):
     "Back to the best weights, without moments, and on at a third of the rates"

@@ -20,7 +20,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .core import *
 from .registry import *
-from .registry import _arch_of
 
 # %% ../nbs/01a_backbone.ipynb #ca9bd8d6
 _norm_types = norm_types + (nn.RMSNorm,) if hasattr(nn, 'RMSNorm') else norm_types
@@ -151,6 +150,7 @@ def classifier_names(
     if more: names += [n for n,c in m.named_modules() if any(c is o for o in more)]
     return tuple(f'{_with_norm(m, o)}.' for o in dict.fromkeys(names))
 
+# %% ../nbs/01a_backbone.ipynb #0283df41
 def _submodule(m, name):
     "`m.name`, or `None`"
     for o in name.split('.'): m = getattr(m, o, None)
@@ -166,11 +166,12 @@ def _is_known(m):
     "The family of `m`, if it is a whole model of a known kind"
     if type(m).__module__.startswith('torch.'): return
     if any(c.__module__.startswith('timm.') for c in type(m).__mro__) and not hasattr(m, 'forward_features'): return # a part of one
-    arch = _arch_of(m)
+    arch = arch_of(m)
     if arch and type(m).__module__.startswith('timm.models.'): return find_family(m)
     f = find_family(m)
     return f if f.registered else None
 
+# %% ../nbs/01a_backbone.ipynb #4eea7785
 def _prefix(model, name):
     "What module `name` puts in front of its parameters in the clean names of `model`"
     if not name: return ''
@@ -223,7 +224,7 @@ def find_backbone(
     if found:
         if len(found)>1: return
         (n,m,f), = found
-        return Backbone(_prefix(model, n), m, f, _arch_of(m))
+        return Backbone(_prefix(model, n), m, f, arch_of(m))
     if arch is None: return
     (prefix,body),f = cut_body(model),find_family(arch)
     if body is not None and f.registered: return Backbone(prefix, body, f, getattr(arch, '__name__', str(arch)))

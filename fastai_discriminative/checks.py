@@ -27,7 +27,7 @@ from .groups import *
 from .rules import *
 from .presets import *
 from .optimizer import *
-from .weights import _create_tv_model,_from_state,_is_uncut,_set_channels
+from .weights import *
 from .learner import *
 from .builder import _create_model
 
@@ -81,6 +81,7 @@ def _runs(groups, blocks):
     whole = in_order and flat==[n for g in groups for n in g.param_names] and sorted(sum(runs, []))==list(range(len(blocks)))
     return whole and [g.param_names for g in heads]==[g.param_names for g in blocks if g.is_head] and all(g is groups[-1] for g in heads)
 
+# %% ../nbs/12_checks.ipynb #81d0e8c0
 def _check_numbers(case):
     "`n_groups` is honoured or refused with the maximum named; groups are runs of whole blocks"
     most,faults = len(case.blocks),[]
@@ -128,10 +129,11 @@ def _check_copies(case):
 def _body_case(arch, n_out):
     "`arch` as `discriminative_learner` builds it: body and new head"
     if isinstance(arch, str): model,_ = blank_model(partial(_create_model, arch, n_out, False, None, 3, {}, {}))
-    elif _is_uncut(arch, {}): model,_ = blank_model(partial(_create_tv_model, arch, n_out, False, None, 3, {}, {}))
+    elif is_uncut(arch, {}): model,_ = blank_model(partial(create_tv_model, arch, n_out, False, None, 3, {}, {}))
     else: model = blank_model(partial(create_vision_model, arch, n_out, pretrained=False))
     return _Case(model, arch)
 
+# %% ../nbs/12_checks.ipynb #4577a5b8
 def _check_body(case, n_out=10):
     "As body and head: rules 1 to 3, features that fit the head, and a head with nothing pretrained in it"
     body = _body_case(case.arch, n_out)
@@ -165,9 +167,9 @@ def _takes_channels(model, n):
 # %% ../nbs/12_checks.ipynb #ad0b8b0c
 def _with_channels(case, n):
     "The pretrained model, adapted to images of `n` channels"
-    if isinstance(case.arch, str): return blank_model(partial(_from_state, case.model.state_dict(), 'a checkpoint', case.arch, n, num_classes=0))
+    if isinstance(case.arch, str): return blank_model(partial(from_state, case.model.state_dict(), 'a checkpoint', case.arch, n, num_classes=0))
     model = blank_model(case.what, meta=False) # fastai needs memory to adapt a stem
-    (_set_channels if _is_uncut(case.what, {}) else _update_first_layer)(model, n, True)
+    (set_channels if is_uncut(case.what, {}) else _update_first_layer)(model, n, True)
     return model
 
 def _check_channels(case):
@@ -256,6 +258,7 @@ def _expected(learn, train_norm):
     start = {'group':k, True:0}.get(train_norm, max(k, n_body))
     return trains,{n for n,i in norms.items() if i>=start}
 
+# %% ../nbs/12_checks.ipynb #0068e299
 def _check_training(case, train_norm='group'):
     "Real steps after `split`, `freeze`, `freeze_to(-2)` and `unfreeze`: what trains moves, what is frozen does not"
     faults,phases = [],{'split':noop, 'freeze':Learner.freeze, 'freeze_to(-2)':lambda l: l.freeze_to(-2), 'unfreeze':Learner.unfreeze}

@@ -71,8 +71,8 @@ def _own_preset(arch, bs, lr_low, lr_high):
 def _size_args(arch, size):
     "(size, arguments for timm): a model for one size only has to be told another"
     import timm
-    from fastai_discriminative.registry import _split_arch
-    cfg = timm.get_pretrained_cfg(_split_arch(arch)[0])
+    from fastai_discriminative.registry import split_arch
+    cfg = timm.get_pretrained_cfg(split_arch(arch)[0])
     native = cfg.input_size[-1] if cfg else 224
     if size is None: size = native if cfg and cfg.fixed_input_size else min(native, 224)
     return size,(dict(img_size=size) if cfg and cfg.fixed_input_size and size!=native else {})
@@ -150,6 +150,7 @@ def _out_dir(out):
     if os.access(out, os.W_OK): return out
     raise DataError(f"The folder {str(out)!r} for the results cannot be written to. Name another with --out.")
 
+# %% ../nbs/15_cli.ipynb #474ce7c2
 def _describe(job):
     "Print what is going to be trained, with its group table"
     learn = job.ours()
@@ -254,6 +255,7 @@ _examples = """examples:
 
 def _version(): return __import__('fastai_discriminative').__version__
 
+# %% ../nbs/15_cli.ipynb #7b601724
 def _parser():
     "The argument parser of the command"
     common = argparse.ArgumentParser(add_help=False)

@@ -55,6 +55,7 @@ def _crc(model):
 
 _made = WeakSet()
 
+# %% ../nbs/11_compare.ipynb #240ea32a
 def _make(make_learner, seed):
     "A new learner, its loader's order and all else set by `seed`"
     set_seed(seed, reproducible=True)
@@ -80,6 +81,7 @@ def _fit_one(learn, strategy, n_epoch, cbs, monitor):
     if callable(strategy): strategy(learn, n_epoch, cbs)
     else: learn.fit_strategy(strategy, n_epoch if isinstance(strategy, Strategy) else None, cbs=cbs, monitor=monitor)
 
+# %% ../nbs/11_compare.ipynb #db0f6f3c
 def _job(make_learner, name, strategy, seed, n_epoch, monitor, score, n_threads):
     "One fit, as a dict: `strategy`, `seed`, `n_epoch`, `rows`, `start` (a checksum), `error`, `score`"
     clock,res = TrainClock(),dict(strategy=name, seed=seed, n_epoch=n_epoch, start=None, error='', score={})
@@ -179,6 +181,7 @@ def _reached(self:StrategyComparison, job, target):
     sign = -1 if _lower_is_better(self.metric) else 1
     return next((r['train_s'] for r in job['rows'] if sign*r.get(self.metric, float('nan'))>=sign*target), math.inf)
 
+# %% ../nbs/11_compare.ipynb #961f6278
 @patch
 def times_to_reference(self:StrategyComparison,
     name:str # A strategy
@@ -205,6 +208,7 @@ def _table_row(self:StrategyComparison, n, k, ref):
     if k==self.metric: row['time to reference'] = np.median(ts) if ts else float('nan')
     return {**row, 'difference':d, 'difference ±':dh, 'distinguishable':'' if math.isnan(dh) else 'yes' if abs(d)>dh else 'no'}
 
+# %% ../nbs/11_compare.ipynb #98147abc
 @patch
 def table(self:StrategyComparison,
     metric:str|None=None # Another metric than that of the comparison
@@ -223,6 +227,7 @@ def _curve(self:StrategyComparison, name):
     rows = [[r[min(i, len(r)-1)] for r in js] for i in range(max(map(len, js)))] # a fit that stopped early stays where it was
     return [np.mean([r['train_s'] for r in o]) for o in rows], *zip(*[_interval([r[self.metric] for r in o]) for o in rows])
 
+# %% ../nbs/11_compare.ipynb #d4130603
 @patch
 def plot(self:StrategyComparison,
     names:list|None=None, # Strategies to show; all if `None`
@@ -250,6 +255,7 @@ def _write(path, text):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
+# %% ../nbs/11_compare.ipynb #27a66f59
 @patch
 def save(self:StrategyComparison,
     fname:str|Path # File to write, whole or not at all
@@ -271,6 +277,7 @@ def _named(strategies):
     if len(dict(items))<len(items): raise StrategyError(f"Two strategies have one name: {', '.join(k for k,_ in items)}.")
     return {k: o if callable(o) and not isinstance(o, Strategy) else _as_strategy(o) for k,o in items}
 
+# %% ../nbs/11_compare.ipynb #9b2ffd64
 def _resume(fname, info, metric, reference):
     "The comparison in file `fname`, checked against `info`, or an empty one"
     if fname is not None and not Path(fname).parent.is_dir(): raise StrategyError(f"There is no folder {str(Path(fname).parent)!r} for the file of results.")
@@ -297,6 +304,7 @@ def _run_jobs(res, todo, fname, bar):
         if fname is not None: res.save(fname)
     _check_start(res)
 
+# %% ../nbs/11_compare.ipynb #72b84f9f
 def _check_start(res):
     "Raise `StrategyError` if fits of the same seed began with other weights"
     for s in {j['seed'] for j in res.jobs}:
@@ -340,6 +348,7 @@ def compare_strategies(
     else: _within_seconds(res, named, reference or ('fastai' if 'fastai' in named else next(iter(named))), _todo, fname, bar)
     return res
 
+# %% ../nbs/11_compare.ipynb #ffa29438
 def _within_seconds(res, named, ref, todo, fname, bar):
     "The reference first; then a trial epoch of each other strategy, and as many epochs of it as fit in the reference's time"
     _run_jobs(res, todo([ref]), fname, bar)

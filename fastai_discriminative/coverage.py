@@ -42,6 +42,7 @@ def _zoo_row(name, case):
     vals = name,gs.family,gs.rule,sum(g.n_params for g in gs),len(case.blocks),len(gs),f'{max(body)/sum(body):.3f}'
     return dict(zip(_columns, map(str, vals)))
 
+# %% ../nbs/13_coverage.ipynb #c1034683
 def prove(
     name:str, # One of `all_architectures`
 )->tuple: # Its row of `zoo.csv`, and `{check: what is wrong}` for the checks that fail
@@ -85,6 +86,7 @@ def _arch_of_row(r):
     "What `preset_for` takes for row `r`"
     return all_architectures()[r['arch']]
 
+# %% ../nbs/13_coverage.ipynb #07a83270
 def _preset_cells(rows):
     "Rates, sources and state of measurement for the family whose architectures are `rows`"
     presets = [preset_for(_arch_of_row(r)) for r in rows]

@@ -166,6 +166,7 @@ def _check_images(res):
     if new:=set(res.labels)-train: raise DataError(f"{res.path} validates on classes that it does not train on: {', '.join(sorted(new))}. {_layout}")
     if len(res.files)<4: raise DataError(f"Too few images in {res.path}: found {found}. {_layout}")
 
+# %% ../nbs/14_demo.ipynb #9e43f5f2
 def _readable(files):
     "Can each of `files` be opened?"
     ex = ThreadPoolExecutor(4)
@@ -206,6 +207,7 @@ def _by_class(fi, idxs):
     for i in idxs: res[fi.labels[i]].append(i)
     return list(filter(None, res.values()))
 
+# %% ../nbs/14_demo.ipynb #ea802245
 def _split_idxs(fi, seed, valid_pct, n_train):
     "(train, valid): shuffled by `seed`, the same share of each class; at least one image of each class is trained on"
     rng,idxs = random.Random(seed),range(len(fi.files))

@@ -25,6 +25,7 @@ def _after(part, blocks):
     yield part,first
     yield from rest
 
+# %% ../nbs/04_families.ipynb #9864c6e4
 def _plain_vit(m):
     "Layers of a plain vision transformer"
     yield _get(m, 'patch_embed', 'cls_token', 'dist_token', 'reg_token', 'pos_embed', 'rope', 'norm_pre', 'rel_pos_bias', 'shared_rel_pos')
@@ -120,6 +121,7 @@ def _volo(m):
     yield from _after(m.cls_token, m.post_network)
     yield m.norm
 
+# %% ../nbs/04_families.ipynb #a18cb3c7
 @register_family('coat', 'timm.models.coat', source='https://arxiv.org/abs/2104.06399')
 def _coat(m):
     for i in range(1,5):
@@ -203,6 +205,7 @@ def _features(m):
         *hidden,last = [o for o in m.classifier.modules() if hasattr(o, 'weight')]
         yield from hidden
 
+# %% ../nbs/04_families.ipynb #b573084c
 def _tv(name, pattern, **kwargs): return register_family(f'tv_{name}', f'torchvision.models.{name}', pattern, **kwargs)(_features)
 
 _tv('densenet', 'DenseNet|densenet.*', recipes=dict(supervised=(181,)), source='https://arxiv.org/abs/1608.06993')

@@ -88,6 +88,7 @@ def _moving_norms(model):
     norms = [(clean_name(n),m) for n,m in model.named_modules() if _runs(m)]
     return [n for n,m in norms if m._parameters and not any(p.requires_grad for p in m.parameters())]
 
+# %% ../nbs/07_features.ipynb #1bc1b641
 def _prefix_of(learn, xb):
     "The frozen prefix of the learner's model for inputs `xb`"
     if not in_layer_groups(learn): raise FeatureError(
@@ -148,6 +149,7 @@ def _all_agree(ok):
     torch.distributed.all_reduce(t, torch.distributed.ReduceOp.MIN)
     return bool(t)
 
+# %% ../nbs/07_features.ipynb #ef597c4b
 def _share(rows, world, device, n=256):
     "Give every process the rows that each of them made, some at a time"
     for r in range(world if world>1 else 0):
@@ -165,6 +167,7 @@ class _Folder(NamedTuple):
     path:Path
     remove:Callable # Deletes it
 
+# %% ../nbs/07_features.ipynb #701fa527
 class _RowKeeper(HoldingCallback):
     "Makes rows of a loader's items, in memory or in files, and makes them anew when what they depend on has changed"
     @property
@@ -214,6 +217,7 @@ def _key(self:_RowKeeper, i, dl, prefix, models):
     if k not in models: models[k] = model_key(unwrap_model(self.model), prefix)
     return [models[k], tfms_key(dl), data_key(dl), self.n_views if i==0 else 0, ctx and str(ctx.fast_dtype)]
 
+# %% ../nbs/07_features.ipynb #c8eb3f30
 @patch
 def _ensure(self:_RowKeeper, i, dl, models):
     "Rows of loader `i` are there, and made anew if anything has changed"
@@ -328,6 +332,7 @@ def _check_batch(learn, first, order):
     raise FeatureError(f"One of the callbacks {', '.join(type(o).__name__ for o in cbs)} has changed the batch, which holds features "
         "and not images now. Let the data's transforms do that, or train without `CachedFeatures`.")
 
+# %% ../nbs/07_features.ipynb #dbb0c0e8
 @patch
 def before_batch(self:CachedFeatures):
     if self._held is None or self.learn.dl is not self._held.dl: return

@@ -98,6 +98,7 @@ def freeze_to(self:TrueFreeze,
     self._refreeze()
     self._seen = id(self.opt),self.opt.frozen_idx
 
+# %% ../nbs/05c_freeze.ipynb #efb06ef6
 @patch
 def _training(self:TrueFreeze):
     "Name -> parameter, of the groups that train"

@@ -81,6 +81,7 @@ def _allot(runs, n_body):
         res[i] += 1
     return res
 
+# %% ../nbs/02_groups.ipynb #787461f7
 def _cuts(layers, n_body):
     "`layers` as runs for `n_body` groups, in order of depth"
     runs = [list(r) for _,r in groupby(sorted(layers, key=lambda l: l.run), key=lambda l: l.run)]
@@ -194,6 +195,7 @@ def _paths(self:LayerGroups):
         self._path_index = res
     return self._path_index
 
+# %% ../nbs/02_groups.ipynb #02022b16
 @patch
 def group_of(self:LayerGroups,
     name:str, # Clean name of a module
@@ -212,6 +214,7 @@ def mismatch(self:LayerGroups,
     gone,new = sorted(mine-its),sorted(its-mine)
     return ' '.join(f"{len(o)} parameters {w}, such as {', '.join(o[:3])}." for o,w in ((gone,'are missing'), (new,'are in no group')) if o)
 
+# %% ../nbs/02_groups.ipynb #4d9df8dc
 @patch
 def __call__(self:LayerGroups,
     model:nn.Module, # The model, a copy of it, or the model in a `torch.compile` or `DistributedDataParallel` wrapper

@@ -50,6 +50,7 @@ def _settings(o):
     names = [k for k in known if k in vars(o) and k!='split_idx']
     return _Same(o),tuple((k, _settings(getattr(o, k))) for k in names)
 
+# %% ../nbs/06c_keys.ipynb #59151dbd
 def tfms_key(
     dl, # A fastai `DataLoader`
 )->tuple: # To be compared

@@ -24,7 +24,6 @@ from timm.models._manipulate import group_with_matcher
 
 from .core import *
 from .registry import *
-from .registry import _arch_of,_split_arch
 from .trace import *
 from .paths import *
 from .backbone import *
@@ -121,6 +120,7 @@ def clean_trace(
     uses = [(tuple(clean[n] for n in ns),fed) for ns,fed in tr.uses]
     return replace(tr, order=[clean[n] for n in tr.order], unused=[clean[n] for n in tr.unused], uses=uses)
 
+# %% ../nbs/01c_layers.ipynb #a24c8128
 def _positions(model, tr):
     "Parameter name -> place in the order of `tr`, also for unused ones in modules that are used"
     ps,pos = named_params(model),tr.position
@@ -144,6 +144,7 @@ def _in_order(parts, pos):
     first = list(map(_first, ids))
     return [parts[i] for i in sorted(range(len(parts)), key=first.__getitem__)]
 
+# %% ../nbs/01c_layers.ipynb #615f0076
 def _traced_layers(model, params, tr):
     "Layers of `model` that hold `params` (name -> parameter), in the order of trace `tr`"
     pos = _positions(model, tr)
@@ -181,7 +182,7 @@ def _known_layers(bb, body, head, x, input_size):
     if bb.family.registered:
         layers,rest = _registered_layers(bb, body)
         if not rest: return _Found(layers, head, 'registered')
-        if not (head or _arch_of(bb.module)): return _Found(layers, {n:body[n] for n in rest}, 'registered')
+        if not (head or arch_of(bb.module)): return _Found(layers, {n:body[n] for n in rest}, 'registered')
     if layers := _timm_layers(bb.module, body): return _Found(layers, head, 'timm')
     tr = _trace_known(bb.module, x, input_size)
     return _Found(_traced_layers(bb.module, body, tr), head, 'traced', tr)
@@ -212,9 +213,9 @@ def _check_arch(arch, bb):
     if arch is None: return
     fam = find_family(arch)
     if bb is None: return
-    if isinstance(arch, str): a,b = _split_arch(arch)[0],_split_arch(bb.arch)[0] or type(bb.module).__name__
+    if isinstance(arch, str): a,b = split_arch(arch)[0],split_arch(bb.arch)[0] or type(bb.module).__name__
     else: a,b = (fam.name if fam.registered else bb.family.name),bb.family.name
-    if a==b or (isinstance(arch, str) and _split_arch(_arch_of(blank_model(a)))[0]==b): return # timm builds `vitamin_xlarge_336` under another's name
+    if a==b or (isinstance(arch, str) and split_arch(arch_of(blank_model(a)))[0]==b): return # timm builds `vitamin_xlarge_336` under another's name
     raise SplitterError(f"These groups were asked for {a!r}, but the model is a {b!r}. Leave `arch` out, or give the model's own.")
 
 def _check_params(model, params):
@@ -325,6 +326,7 @@ def _row(self:ModelMap, n):
     return dict(parameter=n, module=mod, layer=layer, depth=l.depth if l else 1., shape=self.shapes[n], new=self.is_new[n], norm=norm,
         undecayed=bare or n in self.no_wd, shared=tuple(self.aliases.get(n, ())))
 
+# %% ../nbs/01c_layers.ipynb #645ca0ba
 @patch(as_prop=True)
 def df(self:ModelMap)->pd.DataFrame: # Columns `parameter`, `module`, `layer`, `depth`, `shape`, `new`, `norm`, `undecayed`, `shared`, `place`, `unused`
     "A row for each parameter, in order of definition"
@@ -347,6 +349,7 @@ def _without(params, new):
     named = {n for ns in new.values() for n in ns}
     return {n:p for n,p in params.items() if n not in named} if named else params
 
+# %% ../nbs/01c_layers.ipynb #d9330ffd
 def model_map(
     model:nn.Module, # Any model; not changed
     arch=None, # Architecture name or function, for a body that fastai cut from a torchvision model

@@ -20,7 +20,6 @@ from fastai.callback.training import GradientAccumulation
 
 from .core import *
 from .registry import *
-from .registry import _arch_of,_split_arch
 from .backbone import *
 from .layers import *
 from .groups import *
@@ -65,11 +64,12 @@ def _check_units(preset, opt_func):
             f"Use `opt_func=fused_{preset.optimizer}`, or give rates of your own.")
     return preset
 
+# %% ../nbs/06_learner.ipynb #24e770b5
 def _as_preset(preset, learn, arch, opt_func):
     "The `Preset` that `preset`, an architecture name, a `Preset` or `None`, stands for"
     if isinstance(preset, Preset): return _check_units(preset, opt_func)
     units,bb = optimizer_units(opt_func),find_backbone(unwrap_model(learn.model), arch)
-    within = next((a for a in map(_arch_of, learn.model.modules()) if a), None) # a timm backbone whose class does not say so: `features_only`
+    within = next((a for a in map(arch_of, learn.model.modules()) if a), None) # a timm backbone whose class does not say so: `features_only`
     what = preset or (bb.module if bb and not isinstance(bb.module, nn.Sequential) else arch or within or learn.model)
     try: return preset_for(what, optimizer=units if units in ('adamw','sgd') else 'adamw')
     except PresetError:
@@ -108,7 +108,7 @@ def split(self:Learner,
 )->Learner: # The same learner
     "Put the learner into layer groups; raises `SplitterError`, `FamilyError` or `PresetError` and changes nothing if that cannot be done"
     arch,opt_func = getattr(self, 'arch', None),fused_adamw if fused else self.opt_func
-    if isinstance(arch, str) and not timm.is_model(_split_arch(arch)[0]): arch = None
+    if isinstance(arch, str) and not timm.is_model(split_arch(arch)[0]): arch = None
     if isinstance(opt_func, OptimWrapper):
         raise SplitterError("`opt_func` is an optimiser that was built already, so its groups are fixed. Use a function, such as `partial(OptimWrapper, opt=torch.optim.AdamW)`.")
     spl = Splitter(arch, n_groups, new=new)
@@ -131,6 +131,7 @@ def _takes_groups(name, f):
     _f._stock = stock
     setattr(Learner, name, _f)
 
+# %% ../nbs/06_learner.ipynb #f115c5dc
 def _freeze_to(learn, n):
     if learn.opt is None: learn.create_opt()
     learn.true_freeze.freeze_to(n)

@@ -26,6 +26,7 @@ def same_layout(
     "Do `a` and `b` order their elements in memory in the same way?"
     return a.stride()==b.stride() or all(s==t for s,t,n in zip(a.stride(), b.stride(), a.shape) if n>1)
 
+# %% ../nbs/04b_moments.ipynb #2347887b
 def copy_like(
     p:Tensor, # Gives device, dtype and memory layout
     v:Tensor, # Gives the values
@@ -93,6 +94,7 @@ def _check_names(saved, mine):
     raise OptimizerStateError(f"The saved optimiser state is of another model.{what} "
         "Load the weights alone with `learn.load(file, with_opt=False)`.")
 
+# %% ../nbs/04b_moments.ipynb #0c03de41
 def _check_sizes(saved, sizes):
     "Raise `OptimizerStateError` unless `saved` has groups of `sizes` parameters"
     n,n_gs = len(saved.states),len(saved.hypers)

@@ -68,6 +68,7 @@ def _check_param(p, nm):
     if p.is_complex(): raise OptimizerStateError(
         f"Parameter {nm} is complex. Fused optimisers take real numbers only: use fastai's `OptimWrapper` for this model.")
 
+# %% ../nbs/05_optimizer.ipynb #b5897b8c
 def _check_params(groups, names):
     "Groups without repeats, and a name for each parameter that has one"
     where,label,used,res = {},{},set(),[[] for _ in groups]
@@ -102,6 +103,7 @@ def _works(opt, impl, device, dtype):
         return True
     except Exception: return False
 
+# %% ../nbs/05_optimizer.ipynb #e38e3e50
 def _best_impl(opt, ps, impl=None):
     "`impl` where given, else the first of `fused`, `foreach`, `loop` that works for all of `ps`"
     kinds = {(p.device, p.dtype) for p in ps if p.is_floating_point()}
@@ -143,6 +145,7 @@ def sync(self:_Halves, hypers, use_mom, own_wd):
         else: g['momentum'] = h['mom'] if use_mom else 0.
     self.seen = [dict(h) for h in hypers]
 
+# %% ../nbs/05_optimizer.ipynb #46f13e3c
 @patch
 def fit_layout(self:_Halves):
     "Lay out gradients, and moments with them, as their parameters are"
@@ -169,6 +172,7 @@ def _check_opt(opt, impl):
     if impl not in (None, *_impls): raise OptimizerStateError(
         f"Unknown `impl` {impl!r}: use one of {list_some(_impls)}, or None.")
 
+# %% ../nbs/05_optimizer.ipynb #119a26ac
 def _check_no_wd(no_wd, known):
     "`no_wd` as a set of names; raises `OptimizerStateError` for one that is not `known`"
     no_wd = frozenset([no_wd] if isinstance(no_wd, str) else no_wd)
@@ -297,6 +301,7 @@ def freeze_to(self:FusedOptimizer,
         if not p.requires_grad: p.grad = None
     self._stale = True
 
+# %% ../nbs/05_optimizer.ipynb #b059216c
 @patch
 def clear_state(self:FusedOptimizer):
     "Drop all moments; keep fastai's flags (does nothing within `keep_state`)"
@@ -321,6 +326,7 @@ def state_dict(self:FusedOptimizer)->dict: # Keys `state` and `hypers` as in fas
     hypers,sizes = [dict(h) for h in self.hypers],[len(ps) for ps in self._lists]
     return dict(state=state, hypers=hypers, names=self.param_names(), sizes=sizes, opt=type(self.opt).__name__)
 
+# %% ../nbs/05_optimizer.ipynb #526cc26f
 @patch
 def load_state_dict(self:FusedOptimizer,
     sd:dict # From `state_dict` of this class, a fastai optimiser, or an `OptimWrapper`

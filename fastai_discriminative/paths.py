@@ -60,6 +60,7 @@ def _bits(mask):
         yield low.bit_length()-1
         mask ^= low
 
+# %% ../nbs/01b_paths.ipynb #a1a58edb
 def _feeds(layers, tr):
     "For each of `layers` the earlier ones that feed it, as sets of indices; a layer that the trace lost sight of follows the one that ran before it"
     of,n = {k:i for i,l in enumerate(layers) for k in l.param_names},len(layers)
@@ -125,6 +126,7 @@ def merge_small(
             parts.append({i})
     return res
 
+# %% ../nbs/01b_paths.ipynb #bccb7110
 def _outputs(layers, tr):
     "Indices of those `layers` whose own result the model returns"
     of = {k:i for i,l in enumerate(layers) for k in l.param_names}

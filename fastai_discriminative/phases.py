@@ -42,6 +42,7 @@ _schedules = dict(
     cos=(SchedCos(1., 0.), None), flat=(_flat, None),
     slanted=(_stages(1/32, (.1,SchedLin,1.), (.9,SchedLin,1/32)), None)) # Howard and Ruder 2018, section 3.2
 
+# %% ../nbs/07b_phases.ipynb #0df376a5
 def _schedule(o):
     "Functions of [0,1] for the share of the peak rates, and for momentum (`None` to leave it)"
     if callable(o): return o,None
@@ -79,6 +80,7 @@ def _check_phases(phases, groups):
         if p.cached and p.frozen%n==0: raise StrategyError(f"Phase {i} has cached features, but nothing is frozen. Use cached=False, or frozen=-1.")
     return list(phases)
 
+# %% ../nbs/07b_phases.ipynb #3799c07f
 def _per_group(lr, n):
     "A list of `n` rates from a number, slice or list, as fastai expands them"
     if isinstance(lr, slice): return list(even_mults(lr.start, lr.stop, n)) if lr.start and n>1 else [lr.stop/10]*(n-1)+[lr.stop]
@@ -132,6 +134,7 @@ def _settle(self:StrategyRun, p):
         warnings.warn(f"A phase of {p.n_epoch} epochs on cached features trains on the data themselves, for {math.ceil(p.n_epoch/_cached_per_epoch)}. {e}")
         return replace(p, cached=False, n_epoch=math.ceil(p.n_epoch/_cached_per_epoch))
 
+# %% ../nbs/07b_phases.ipynb #4ffff04f
 @patch
 def _enter(self:StrategyRun, i):
     "Freeze, choose norm layers and features for phase `i`"
@@ -155,6 +158,7 @@ def before_train(self:StrategyRun):
     self.peaks = _per_group(_resolve_lr(self.learn, lr, list(self.learn.cbs)), len(self.opt.hypers))
     self.learn.peak_lrs = self.peaks
 
+# %% ../nbs/07b_phases.ipynb #86af522d
 @patch
 def before_batch(self:StrategyRun):
     if not self.training: return
@@ -285,6 +289,7 @@ def _n_epochs(n_epoch):
     if isinstance(n_epoch, (int,np.integer)) and not isinstance(n_epoch, bool) and n_epoch>0: return int(n_epoch)
     raise StrategyError(f"`n_epoch` must be a whole number of epochs, at least 1, got {n_epoch!r}.")
 
+# %% ../nbs/07b_phases.ipynb #320a4aa8
 def _plan(learn, strategy, n_epoch, cbs=None):
     "Phases of `strategy`, a `Strategy` or a list of phases, for `learn`"
     groups = learn.splitter.find(learn.model)
@@ -328,6 +333,7 @@ def fit_strategy(self:Learner,
     phases = _plan(self, s, n_epoch, cbs)
     _fit_phases(self, phases, isinstance(s, Strategy) and s.keep_best, wd, cbs, monitor, comp, start_epoch)
 
+# %% ../nbs/07b_phases.ipynb #077f479b
 def _check_valid(learn, s):
     if len(learn.dls.loaders)>1 and len(learn.dls.valid): return
     raise StrategyError(f"{s.name!r} keeps the weights that are best on a validation set, and this learner has none. Split the data, or use 'lp_ft', which needs none.")

@@ -25,6 +25,7 @@ def _is_fixed(out):
     ts = tensors_of(out)
     return bool(ts) and all(t.is_floating_point() and not t.requires_grad for t in ts)
 
+# %% ../nbs/06b_prefix.ipynb #1b572af6
 def _draws(m, args):
     "Does module `m` draw random numbers in training?"
     def _dice():
@@ -224,6 +225,7 @@ def _rehearse(self:FrozenPrefix, xb):
     if train:
         with rehearsing(self.model): self._check_rest(xb, 'training')
 
+# %% ../nbs/06b_prefix.ipynb #3244dd32
 @patch
 def _check_rest(self:FrozenPrefix, xb, mode):
     some = [o[:max(1, self.bs-(self.bs>2))] for o in xb]

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .core import *
 from .registry import *
-from .registry import _arch_of,_default_tag,_split_arch
+from .registry import _default_tag
 
 # %% ../nbs/03_presets.ipynb #5411dccc
 _numbers = 'lr','bs','ratio','head_mult'
@@ -195,6 +195,7 @@ def _rank(arch):
     "Position of the size that `arch` names, or `None`"
     return next((_sizes.index(o) for o in arch.split('_') if o in _sizes), None)
 
+# %% ../nbs/03_presets.ipynb #a4fa1618
 def _nearest(rows, arch):
     "Those of `rows` that are nearest to `arch` in name and size"
     if all(r['ratio']==1 for r in rows): return rows
@@ -242,7 +243,7 @@ def _rows_of(fam, regime):
 def _identify(x):
     "Family, architecture, tag, and regime of `x`"
     fam,is_timm = find_family(x),isinstance(x, str) or getattr(x, '__module__', '').startswith('timm.')
-    arch,tag = _split_arch(x if isinstance(x, str) else _arch_of(x) or getattr(x, '__name__', ''))
+    arch,tag = split_arch(x if isinstance(x, str) else arch_of(x) or getattr(x, '__name__', ''))
     if is_timm and timm.is_model(arch): return fam, arch, tag or _default_tag(arch), regime_of(tag or _default_tag(arch), arch)
     return fam, arch, tag, regime_of(tag or 'unknown', arch or fam.name)
 

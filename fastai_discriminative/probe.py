@@ -7,9 +7,11 @@ or a statistic, or the training that follows would be another one. Modules of th
 
 # %% auto #0
 __all__ = ['tensors_of', 'base_dl', 'n_inputs', 'one_input', 'copy_dl', 'all_rows_dl', 'check_loader', 'some_batches',
-           'evaluating', 'rehearsing', 'looking', 'unmoved']
+           'evaluating', 'rehearsing', 'looking', 'unmoved', 'batch_loss', 'leave_gradient', 'sum_sq',
+           'gradient_ratios']
 
 # %% ../nbs/05a_probe.ipynb #ee550ef3
+import math
 from contextlib import contextmanager
 from copy import copy
 from itertools import islice
@@ -18,6 +20,7 @@ from fastai.basics import *
 from torch.utils._pytree import tree_flatten
 
 from .core import *
+from .backbone import *
 
 # %% ../nbs/05a_probe.ipynb #e495f785
 def tensors_of(
@@ -40,6 +43,7 @@ def n_inputs(
     "How many of the parts of batch `b` go into the model"
     return getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
 
+# %% ../nbs/05a_probe.ipynb #d641f79b
 def one_input(
     learn, # A `Learner`
 )->tuple: # Plain tensors on the model's device
@@ -60,6 +64,7 @@ def copy_dl(
     for k,v in attrs.items(): setattr(res, k, v)
     return res
 
+# %% ../nbs/05a_probe.ipynb #a5f8d8f7
 def all_rows_dl(
     dl, # A fastai `DataLoader` whose items have numbers
     idxs, # Numbers of the items
@@ -77,6 +82,7 @@ def check_loader(
     if dl.prebatched or not dl.indexed or type(dl).create_item is not DataLoader.create_item:
         raise FeatureError(f"Features are kept by item, but this {name} makes batches or items of its own. {hint}")
 
+# %% ../nbs/05a_probe.ipynb #e195760e
 def some_batches(
     learn, # A `Learner`
     n:int, # How many batches
@@ -140,3 +146,43 @@ def unmoved(
     finally:
         with torch.no_grad():
             for p,o in old: p.copy_(o)
+
+# %% ../nbs/05a_probe.ipynb #e5f1fc99
+def batch_loss(
+    learn, # A `Learner`
+    b, # A batch of its data, on the model's device
+)->Tensor: # One number, with a graph
+    "The loss of batch `b`, with what the learner's callbacks make of the model's output"
+    n,old = n_inputs(learn.dls, b),{k:getattr(learn, k, None) for k in ('xb','yb','pred')}
+    learn.xb,learn.yb,learn.pred = b[:n],b[n:],learn.model(*b[:n])
+    try:
+        for cb in learn.cbs.sorted('order'):
+            if 'after_pred' in dir(cb): cb('after_pred')
+        return learn.loss_func(learn.pred, *learn.yb)
+    finally:
+        for k,v in old.items(): setattr(learn, k, v)
+
+# %% ../nbs/05a_probe.ipynb #841b0be8
+def leave_gradient(
+    learn, # A `Learner`
+    batches, # Batches of its data, on the model's device
+):
+    "Leave the mean gradient of the loss over `batches` in the parameters"
+    learn.model.zero_grad(set_to_none=True)
+    for b in batches: (batch_loss(learn, b)/len(batches)).backward()
+
+# %% ../nbs/05a_probe.ipynb #f903a03d
+def sum_sq(
+    ts, # Tensors
+)->float: # 0 if there are none
+    "Sum of the squares of all numbers in tensors `ts`"
+    return float(sum(t.detach().float().pow(2).sum() for t in ts))
+
+def gradient_ratios(
+    model:nn.Module, # A model with gradients
+    groups, # Its `LayerGroups`
+)->list: # One number a group; 0 where there is no gradient
+    "Norm of the gradient that is there over norm of the weights, for each of `groups`"
+    named = named_params(model)
+    ps = [[named[n] for n in g.param_names] for g in groups]
+    return [math.sqrt(sum_sq(p.grad for p in o if p.grad is not None)/max(1e-24, sum_sq(o))) for o in ps]

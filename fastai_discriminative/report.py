@@ -18,7 +18,6 @@ from .groups import *
 from .backbone import *
 from .probe import *
 from .learner import groups_of
-from .strategies import _sum_sq
 
 # %% ../nbs/10_report.ipynb #cd08988c
 _all_ = ['ReportError']
@@ -30,6 +29,7 @@ def _gram(x):
     k = (x-x.mean(0))@(x-x.mean(0)).T
     return k.fill_diagonal_(0).double()
 
+# %% ../nbs/10_report.ipynb #3da081b0
 def _hsic(k, l):
     "Unbiased HSIC of two Gram matrices with zero diagonals, up to a constant factor"
     n = len(k)
@@ -88,13 +88,13 @@ def _grad_ratio(self:DistortionMeter):
     "Norm of the body's gradient over that of the head's; `nan` if one of them has none"
     ps = named_params(self.learn.model)
     body,head = ([ps[n].grad for g in self.groups if g.is_head is h for n in g.param_names if ps[n].grad is not None] for h in (False,True))
-    return math.sqrt(_sum_sq(body)/_sum_sq(head)) if body and head and _sum_sq(head) else float('nan')
+    return math.sqrt(sum_sq(body)/sum_sq(head)) if body and head and sum_sq(head) else float('nan')
 
 @patch
 def _moved(self:DistortionMeter, g, now):
     "Norm of the change of the weights of group `g` over the norm they had; `now` are the parameters by name"
     old = self._ref[0]
-    return math.sqrt(_sum_sq(now[n]-old[n].to(now[n].device) for n in g.param_names)/max(1e-24, _sum_sq(old[n] for n in g.param_names)))
+    return math.sqrt(sum_sq(now[n]-old[n].to(now[n].device) for n in g.param_names)/max(1e-24, sum_sq(old[n] for n in g.param_names)))
 
 # %% ../nbs/10_report.ipynb #57270039
 @patch
@@ -106,6 +106,7 @@ def after_epoch(self:DistortionMeter):
         same = float('nan') if a is None or b is None else _cka(a, b)
         self.rows.append(dict(epoch=self._n_before+self.epoch+1, group=g.name, moved=self._moved(g, now), cka=same, gradients=ratio))
 
+# %% ../nbs/10_report.ipynb #aacc76cb
 @patch(as_prop=True)
 def results(self:DistortionMeter)->pd.DataFrame: # Columns `epoch`, `group`, `moved`, `cka`, `gradients`
     "One row for each epoch and group"
@@ -119,6 +120,7 @@ def _heat(ax, df, col, title, **kw):
     ax.set(title=title, xlabel='epoch')
     ax.figure.colorbar(m, ax=ax)
 
+# %% ../nbs/10_report.ipynb #ae9ec707
 @patch
 def plot(self:DistortionMeter
 )->plt.Figure: # matplotlib's figure

@@ -32,6 +32,7 @@ def locate_params(lists, params):
             else: where[n].append(i)
     return where,strange
 
+# %% ../nbs/02a_rules.ipynb #b53a6d9c
 def _partition_faults(lists, where, strange, label):
     "Rule 1"
     yield from (f'{n} is in no group' for n,i in where.items() if not i)
@@ -68,6 +69,7 @@ def _feeding(tr):
     def _f(a, b): return bool(above[at[b]]>>at[a]&1) if a in at and b in at else pos[a]<pos[b]
     return _f
 
+# %% ../nbs/02a_rules.ipynb #6265a838
 def _wrong_side(i, names, group, feeds):
     "Index of the parameter nearest to number `i` in order of use that shows it to be out of order, or `None`"
     def _wrong(j): return group[j]<group[i] and feeds(names[i], names[j]) or group[j]>group[i] and feeds(names[j], names[i])

@@ -26,6 +26,7 @@ def _combine_scheds(pcts, scheds, _stock=schedule.combine_scheds):
         return scheds[i](float((pos-ends[i])/widths[i]))
     return _inner
 
+# %% ../nbs/05d_schedules.ipynb #8c497f41
 class _SmoothLoss(AvgSmoothLoss):
     "fastai's, in plain tensors"
     def accumulate(self, learn):

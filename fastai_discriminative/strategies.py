@@ -47,6 +47,7 @@ def _reduced(preset, k=10):
     "A `k`-th of the rate for new layers"
     return preset.head_lr/k
 
+# %% ../nbs/08_strategies.ipynb #706828c8
 @register_strategy('uniform', 'a tenth of the rate from scratch: microsoft/Swin-Transformer#126, rwightman in pytorch-image-models#25')
 def _uniform(n_epoch, preset, groups):
     "One reduced rate for all layers: the yardstick for everything finer."
@@ -63,6 +64,7 @@ def _freeze_unfreeze(n_epoch, preset, groups):
     "One frozen epoch, then everything at a hundredth of the head's rate: safe and slow."
     return [Phase(1, preset, frozen=-1), Phase(n_epoch, _reduced(preset, 100))]
 
+# %% ../nbs/08_strategies.ipynb #0585f447
 @register_strategy('discriminative', 'Howard and Ruder 2018, arXiv:1801.06146, section 3.2; rates from the preset')
 def _discriminative(n_epoch, preset, groups):
     "One frozen epoch, then everything, each layer at the preset's rate: our rates in the order of fastai's `fine_tune`."
@@ -91,34 +93,6 @@ def _lp_ft(n_epoch, preset, groups):
     gentle = replace(preset, head_mult=1.)
     return [_lp(preset), Phase(n_epoch, gentle, train_norm='running')]
 
-# %% ../nbs/08_strategies.ipynb #acde33a7
-def _inputs(learn, b): return b[:getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)]
-
-def _loss(learn, b):
-    "The loss of batch `b`, with what the learner's callbacks make of the model's output"
-    xb,old = _inputs(learn, b),{k:getattr(learn, k, None) for k in ('xb','yb','pred')}
-    learn.xb,learn.yb,learn.pred = xb,b[len(xb):],learn.model(*xb)
-    try:
-        for cb in learn.cbs.sorted('order'):
-            if 'after_pred' in dir(cb): cb('after_pred')
-        return learn.loss_func(learn.pred, *learn.yb)
-    finally:
-        for k,v in old.items(): setattr(learn, k, v)
-
-def _backward(learn, batches):
-    "Leave the mean gradient of the loss over `batches` in the parameters"
-    learn.model.zero_grad(set_to_none=True)
-    for b in batches: (_loss(learn, b)/len(batches)).backward()
-
-# %% ../nbs/08_strategies.ipynb #a70cb860
-def _sum_sq(ts): return float(sum(t.detach().float().pow(2).sum() for t in ts))
-
-def _grad_ratios(learn, groups):
-    "Norm of the gradient that is there over norm of the weights, for each of `groups`"
-    named = named_params(learn.model)
-    ps = [[named[n] for n in g.param_names] for g in groups]
-    return [math.sqrt(_sum_sq(p.grad for p in o if p.grad is not None)/max(1e-24, _sum_sq(o))) for o in ps]
-
 # %% ../nbs/08_strategies.ipynb #0e599711
 @patch
 def grad_ratios(self:Learner,
@@ -128,9 +102,10 @@ def grad_ratios(self:Learner,
     _ready(self)
     batches = some_batches(self, n_batches, seed=getattr(self, 'epoch', 0))
     with looking(self.model):
-        _backward(self, batches)
-        return _grad_ratios(self, self.splitter.find(self.model))
+        leave_gradient(self, batches)
+        return gradient_ratios(self.model, self.splitter.find(self.model))
 
+# %% ../nbs/08_strategies.ipynb #f4d3e9f1
 class _AutoRGN:
     "Rates for `surgical`: `top` for the group with the highest relative gradient norm, less for others"
     def __init__(self, top): self.top = top
@@ -154,6 +129,7 @@ def _unsplit(learn):
     if learn.opt_func is fused_adamw: learn.opt_func = Adam
     learn.create_opt()
 
+# %% ../nbs/08_strategies.ipynb #1a52bc6e
 def _fine_tune(learn, n_epoch, **kwargs):
     _unsplit(learn)
     learn.fine_tune(n_epoch, **kwargs)

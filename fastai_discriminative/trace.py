@@ -174,6 +174,7 @@ def _check_lazy(model):
     lazy = [n for n,p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy: raise SplitterError(f"Lazy parameters have no shape yet: {', '.join(lazy[:5])}. Run one batch through the model first, then split it.")
 
+# %% ../nbs/01_trace.ipynb #3731b69d
 def _inputs(model, x, input_size):
     "What to try as input, best first"
     if x is not None: return [x() if callable(x) else x]

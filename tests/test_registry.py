@@ -9,7 +9,7 @@ from torch import nn
 from fastai_discriminative import registry
 from fastai_discriminative.registry import *
 from fastai_discriminative.core import near_matches
-from fastai_discriminative.registry import _arch_of,_default_tag,_families,_find_name,_split_arch
+from fastai_discriminative.registry import arch_of,_default_tag,_families,_find_name,split_arch
 
 root = Path(__file__).parent.parent
 
@@ -123,7 +123,7 @@ def test_hub_name_outside_timm_is_left_to_timm():
     ('vit_base_patch16_224_in21k','vit_base_patch16_224.augreg_in21k','vit'), ('swin_base_patch4_window7_224_in22k','swin_base_patch4_window7_224.ms_in22k','swin')])
 def test_names_that_timm_has_replaced(old, new, name):
     "timm still makes such models, so users still type them"
-    assert _split_arch(old)==_split_arch(new)
+    assert split_arch(old)==split_arch(new)
     assert find_family(old).name==name
 
 @pytest.mark.parametrize('bad,near', [('convnext_tny','convnext_tiny'), ('ResNet50','resnet50'), ('resnet_50','resnet50'), ('efficientnet-b0','efficientnet_b0')])
@@ -145,8 +145,8 @@ def test_wrong_type(bad):
     with pytest.raises(FamilyError, match=f'Expected an architecture name.*got {type(bad).__name__}'): find_family(bad)
 
 def test_split_arch():
-    assert _split_arch('a.b.c')==('a','b.c')
-    assert _split_arch('hf-hub:timm/vit_base_patch16_224.mae')==('vit_base_patch16_224','mae')
+    assert split_arch('a.b.c')==('a','b.c')
+    assert split_arch('hf-hub:timm/vit_base_patch16_224.mae')==('vit_base_patch16_224','mae')
 
 def test_default_tag():
     assert _default_tag('convnext_tiny')==timm.create_model('convnext_tiny').pretrained_cfg['tag']!=''
@@ -169,7 +169,7 @@ def test_unknown_function():
 @pytest.mark.parametrize('arch,name', [('resnet10t','resnet'), ('test_vit','vit'), ('convnext_atto','convnext'), ('cait_xxs24_224','cait')])
 def test_timm_models(arch, name):
     m = _meta(arch)
-    assert _split_arch(_arch_of(m))[0]==arch and find_family(m)==find_family(arch) and find_family(m).name==name
+    assert split_arch(arch_of(m))[0]==arch and find_family(m)==find_family(arch) and find_family(m).name==name
 
 def test_torchvision_and_fastai_models():
     with torch.device('meta'): models = torchvision.models.resnet18(),torchvision.models.vgg11(),torchvision.models.squeezenet1_1()

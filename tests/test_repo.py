@@ -84,8 +84,9 @@ def _undocumented(qual, node, obj, method):
     if isinstance(node, ast.ClassDef): return [f'{qual}.{o.target.id}' for o in node.body if isinstance(o, ast.AnnAssign) and not docs.get(o.target.id)]
     a = node.args
     pars = [o.arg for o in [*a.posonlyargs, *a.args, *a.kwonlyargs]][method and not _decorated(node, 'staticmethod'):]
-    pars += [o.arg for o in (a.vararg,a.kwarg) if o is not None and o.arg in docs]
+    stars = [o.arg for o in (a.vararg,a.kwarg) if o is not None and o.arg in docs] # docments does not read their comments
     miss = [f'{qual}({p})' for p in pars if not docs.get(p)]
+    miss += [f'{qual}(*{p})' for p in stars if not re.search(rf'\*{p}\b[^\n]*#', inspect.getsource(obj))]
     if _returns(node) and not docs.get('return'): miss.append(f'{qual} -> ?')
     if not ast.get_docstring(node) and node.name not in ('__init__','__call__'): miss.append(f'{qual}: docstring')
     return miss
