@@ -61,8 +61,7 @@ def _meta(arch, **kwargs):
         with torch.device('meta'): return timm.create_model(arch, **kwargs)
     except NotImplementedError: return timm.create_model(arch, **kwargs)
 
-def test_every_family_has_members():
-    assert _timm_families()==set(members)=={f for f,_ in cases}
+def test_every_family_has_members(): assert _timm_families()==set(members)=={f for f,_ in cases}
 
 def test_families_asked_for():
     "Those of the issue, under whatever name of ours"
