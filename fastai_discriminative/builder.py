@@ -8,7 +8,7 @@
 __all__ = ['discriminative_learner', 'load_pretrained']
 
 # %% ../nbs/06a_builder.ipynb #a658d346
-import inspect,warnings
+import inspect
 from pathlib import Path
 
 from fastai.basics import *

@@ -22,8 +22,6 @@ import timm
 from fastai.vision.all import *
 from .core import *
 from .compare import TrainClock
-
-# %% ../nbs/14_demo.ipynb #b252327d
 _all_ = ['DataError']
 
 # %% ../nbs/14_demo.ipynb #6e246a66

@@ -139,6 +139,7 @@ def _body_group(run):
     return LayerGroup(re.sub(r'\bhead\b', 'pretrained head', _group_name(run)), names, tuple(l.name for l in run),
         (a.before+b.before)/2/a.path, (a.before/a.path, b.before/a.path), sum(l.n_params for l in run))
 
+# %% ../nbs/02_groups.ipynb #94ec7388
 def _new_group(m, name, names, is_head=False):
     "The `LayerGroup` of new layers"
     return LayerGroup(name, tuple(names), (name,), 1., (1.,1.), m.n_params(names), is_head, True)
@@ -212,7 +213,8 @@ def mismatch(self:LayerGroups,
     "How the parameter names of `model` differ from the groups'"
     mine,its = self.where.keys(),named_params(model).keys()
     gone,new = sorted(mine-its),sorted(its-mine)
-    return ' '.join(f"{len(o)} parameters {w}, such as {', '.join(o[:3])}." for o,w in ((gone,'are missing'), (new,'are in no group')) if o)
+    both = (gone,'are missing'),(new,'are in no group')
+    return ' '.join(f"{len(o)} parameters {w}, such as {', '.join(o[:3])}." for o,w in both if o)
 
 # %% ../nbs/02_groups.ipynb #4d9df8dc
 @patch
@@ -222,7 +224,8 @@ def __call__(self:LayerGroups,
     "The parameters of `model` in groups; raises `SplitterError` if its parameter names differ from the groups'"
     bad,ps = self.mismatch(model),named_params(model)
     if bad: raise SplitterError(f"These layer groups were made for another model ({self.arch or self.family}). {bad} Split it anew.")
-    return ParamLists([[ps[n] for n in g.param_names] for g in self], [list(g.param_names) for g in self], self.no_wd, self.names, min(self.n_body, len(self)-1))
+    names = [list(g.param_names) for g in self]
+    return ParamLists([[ps[n] for n in ns] for ns in names], names, self.no_wd, self.names, min(self.n_body, len(self)-1))
 
 # %% ../nbs/02_groups.ipynb #a2ce8918
 @patch
@@ -235,8 +238,7 @@ def _table(self:LayerGroups):
 
 # %% ../nbs/02_groups.ipynb #06961587
 @patch
-def _title(self:LayerGroups):
-    return f"{self.arch or self.family or 'model'}: {len(self)} groups, {self.n_layers} layers, {self.rule}"
+def _title(self:LayerGroups): return f"{self.arch or self.family or 'model'}: {len(self)} groups, {self.n_layers} layers, {self.rule}"
 
 @patch
 def __repr__(self:LayerGroups): return f'{self._title()}\n{text_table(*self._table())}'

@@ -10,7 +10,7 @@ model, a wrapped one, or one in another process. Layer groups are a cut of it.""
 __all__ = ['common_name', 'clean_trace', 'new_parts', 'ModelMap', 'model_map', 'ModelLayer']
 
 # %% ../nbs/01c_layers.ipynb #5b838b33
-import math,re
+import math
 from collections import Counter
 from dataclasses import dataclass,field,replace
 from fnmatch import fnmatch

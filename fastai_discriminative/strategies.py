@@ -10,7 +10,6 @@ under it that are measured on your model and your data, and never an end below i
 __all__ = []
 
 # %% ../nbs/08_strategies.ipynb #78a55d45
-import math
 from dataclasses import replace
 
 from fastai.basics import *

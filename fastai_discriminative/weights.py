@@ -8,7 +8,7 @@ Kaggle kernels have no internet, so weights come from files. What timm would pas
 __all__ = ['timm_model', 'from_state', 'load_pretrained', 'timm_body', 'is_uncut', 'set_channels', 'create_tv_model']
 
 # %% ../nbs/05e_weights.ipynb #20b77455
-import inspect,re,warnings
+import re,warnings
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch as _mock_patch

@@ -185,8 +185,10 @@ def test_it_fits_copies_and_wrappers():
     assert list(mm(nn.DataParallel(m)).values())[0] is m.conv1[0].weight
     with pytest.raises(SplitterError, match='another model'): mm(timm.create_model('test_vit'))
 
-@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile, lambda m: nn.DataParallel(torch.compile(m)), lambda m: nn.Sequential(torch.compile(m), nn.Linear(2,2))],
-    ids=['parallel','compile','both','inside'])
+wraps = dict(parallel=nn.DataParallel, compile=torch.compile, both=lambda m: nn.DataParallel(torch.compile(m)),
+    inside=lambda m: nn.Sequential(torch.compile(m), nn.Linear(2,2)))
+
+@pytest.mark.parametrize('wrap', wraps.values(), ids=wraps)
 def test_names_of_modules_and_parameters_agree(wrap):
     m = wrap(timm.create_model('test_resnet', num_classes=2))
     mods,ps = named_mods(m),named_params(m)

@@ -1,7 +1,7 @@
 "Layers that are new, wherever they stand: their rates, their groups, and what freezing does to them and to what the user froze"
 import pickle
 
-import numpy as np,pytest,timm,torch,torchvision
+import pytest,timm,torch,torchvision
 from torch import nn
 from fastai.callback.schedule import *
 from fastai.data.core import DataLoaders

@@ -11,7 +11,7 @@ from pathlib import Path
 root = Path(__file__).parent.parent
 lock = root/'tools'/'zoo.lock'
 # The way from a name to a model (weights and builder make and cut it) and to its groups, and the checks. The other rooms train and report: their own tests prove them
-rooms = 'core registry trace layers groups presets families weights builder checks coverage'.split()
+rooms = 'core registry trace backbone paths layers groups rules presets families weights builder checks coverage'.split()
 packages = 'timm torch torchvision fastai'.split()
 
 class _Code(ast.NodeTransformer):
@@ -27,8 +27,7 @@ def code(src): return ast.unparse(_Code().visit(ast.parse(src)))
 def zoo_hash(pkg=root/'fastai_discriminative'):
     "Hash of the rooms' code and of the tables that the checks read"
     h = hashlib.sha256()
-    for o in rooms:
-        if (pkg/f'{o}.py').exists(): h.update(f'{o}\n{code((pkg/f"{o}.py").read_text(encoding="utf-8"))}\n'.encode())
+    for o in rooms: h.update(f'{o}\n{code((pkg/f"{o}.py").read_text(encoding="utf-8"))}\n'.encode())
     for o in ('exceptions.csv','recipes.csv'): h.update((pkg/'data'/o).read_bytes())
     return h.hexdigest()
 
