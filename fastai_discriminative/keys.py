@@ -21,7 +21,11 @@ def _crc(t): return zlib.crc32(t.detach().reshape(-1).contiguous().view(torch.ui
 class CrcFile:
     "A file that keeps nothing of what is written but a checksum"
     crc = 0
-    def write(self, b): self.crc = zlib.crc32(b, self.crc)
+    def write(self,
+        b:bytes, # What is written
+    ):
+        "Take `b` into the checksum"
+        self.crc = zlib.crc32(b, self.crc)
 
 class _Same:
     "Equal to the very same object only, which it keeps alive"

@@ -133,7 +133,7 @@ class _Halves:
 
 # %% ../nbs/05_optimizer.ipynb #5e9e575d
 @patch
-def sync(self:_Halves, hypers, use_mom, own_wd):
+def _sync(self:_Halves, hypers, use_mom, own_wd):
     "Hand hyper-parameters that have changed to the torch groups"
     new = [h!=s for h,s in zip(hypers, self.seen)]
     if not any(new): return
@@ -156,7 +156,7 @@ def fit_layout(self:_Halves):
 
 @patch
 @torch.no_grad()
-def decay(self:_Halves, hypers):
+def _decay(self:_Halves, hypers):
     "True weight decay for optimisers that have none of their own"
     for g,(i,decays) in zip(self.opt.param_groups, self.slots):
         h = hypers[i]
@@ -216,7 +216,7 @@ class _FusedSteps(OptimWrapper):
         self._halves.sort(self._lists, self._decays)
         self._stale = False
 
-    def _sync(self): self._halves.sync(self.hypers, self._use_mom, self._own_wd)
+    def _sync(self): self._halves._sync(self.hypers, self._use_mom, self._own_wd)
 
     def zero_grad(self):
         "Set all gradients to `None`"
@@ -232,7 +232,7 @@ class _FusedSteps(OptimWrapper):
         if self._stale: self._sort_groups()
         self._sync()
         self._halves.fit_layout()
-        if self._own_wd: self._halves.decay(self.hypers)
+        if self._own_wd: self._halves._decay(self.hypers)
         try: self.opt.step()
         except RuntimeError as e:
             sparse = [self._name(p) for p in ps if p.grad is not None and p.grad.is_sparse]

@@ -33,7 +33,9 @@ class ModelLayer:
         "From 0, the first layer, to 1, the head"
         return self.before/self.path
     @cached_property
-    def stage(self): return re.sub(r'\.?\d+[^\d]*$', '', self.name) or self.name
+    def stage(self):
+        "The container that it is numbered in"
+        return re.sub(r'\.?\d+[^\d]*$', '', self.name) or self.name
 
 # %% ../nbs/01b_paths.ipynb #c78cec07
 def _join(a, b, name): return ModelLayer(a.param_names+b.param_names, a.n_params+b.n_params, a.small and b.small, name)
