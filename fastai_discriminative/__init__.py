@@ -1,20 +1,26 @@
 """Fine-tune pretrained vision backbones in fastai with the right learning rate in every layer
 
-Pretrained weights are good and want to be fine-tuned, not distorted; a new head is random and has to move fast. fastai can give each group of layers its own learning rate, but it knows
+Pretrained weights are good and want to be fine-tuned, not distorted; a new head is random and has to move fast. fastai can give each group of layers its own learning
+rate, but it knows
 the layers of 21 models only: every timm backbone gets two groups, body and head, so a slice of rates gives the whole body one rate.
-This package knows which layers there are, in which order they run, and at which rates such layers were fine-tuned before, for every timm architecture and for models of your own.
+This package knows which layers there are, in which order they run, and at which rates such layers were fine-tuned before. It does so for every timm architecture and for
+models of your own.
 The training loop, the data and the callbacks stay fastai's, and nothing changes until you ask for it.
 
 Modules:
 
+- `fastai_discriminative.auto`: The strategy that measures before it moves: the head first, then rates for the body from a look at this model and these data
 - `fastai_discriminative.backbone`: What a model is called inside wrappers, which of its modules are norms, and where in it the pretrained backbone is
+- `fastai_discriminative.builder`: A learner in layer groups for any architecture of timm, torchvision or fastai, with the arguments of `vision_learner`
 - `fastai_discriminative.checks`: The whole battery of proofs for a splitter or a family, in one line of pytest
 - `fastai_discriminative.compare`: Should new layers learn faster than pretrained ones? Ask your own data: several strategies, several seeds, one call
+- `fastai_discriminative.core`: What every room of the package needs: errors, hints, tables in text and HTML, packaged data
 - `fastai_discriminative.coverage`: What was proved, for which architectures, by which rule, and where it does not hold
 - `fastai_discriminative.demo`: Real pretrained weights and real images without a download, and a fair race against fastai's `fine_tune`
 - `fastai_discriminative.families`: The built-in families: how their layers follow each other, and which published recipes apply
 - `fastai_discriminative.fast_math`: Channels-last memory and bfloat16, where this machine gains by them
 - `fastai_discriminative.features`: What frozen layers make of an image, computed once: the frozen prefix of a model, and training on its cached results
+- `fastai_discriminative.freeze`: A freeze that freezes: what is frozen does not move by one bit, and norm layers follow one choice
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
 - `fastai_discriminative.holding`: Callbacks that take something of a learner while it trains, and give it back however the fit ends
 - `fastai_discriminative.keys`: What kept features depend on, in a form that can be compared
@@ -23,12 +29,16 @@ Modules:
 - `fastai_discriminative.moments`: What an optimiser remembers of each parameter: its layout in memory, its saved form, and the way back
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
 - `fastai_discriminative.paths`: What a layer is, which layers belong together, and how deep each is on the way from the input to the head
+- `fastai_discriminative.phases`: Who trains, for how long, how fast: a fit in phases, as one fit
+- `fastai_discriminative.prefix`: The part of a model that depends on nothing that trains, and what the rest of the model uses of it
 - `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
 - `fastai_discriminative.probe`: Ask a model and its data something, and leave both as they were
 - `fastai_discriminative.registry`: Which family an architecture belongs to, and what the package knows about that family
 - `fastai_discriminative.report`: What a fine-tune did to the pretrained layers: how far they moved, and whether they still say the same
 - `fastai_discriminative.rules`: Four rules that any splitter has to keep, and what breaks them by name
+- `fastai_discriminative.schedules`: Schedules and a recorder that cost next to nothing a batch, and give the same numbers bit for bit
 - `fastai_discriminative.strategies`: Who trains, for how long, how fast: every practice of fine-tuning by name, and `auto`, which measures before it moves
-- `fastai_discriminative.trace`: The order in which a model really uses its parameters"""
+- `fastai_discriminative.trace`: The order in which a model really uses its parameters
+- `fastai_discriminative.weights`: Checkpoints from files, and bodies of timm and torchvision that a head can read"""
 
 __version__ = "0.0.1"
