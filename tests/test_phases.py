@@ -82,7 +82,7 @@ def test_a_learner_can_be_exported_afterwards(dls, tmp_path):
 
 def test_features_that_cannot_be_kept(dls, monkeypatch):
     def _refuse(self, xb): raise FeatureError('No features here.')
-    monkeypatch.setattr(CachedFeatures, '_prefix', _refuse)
+    monkeypatch.setattr(ph, 'frozen_prefix', _refuse)
     learn = ours(dls)
     with pytest.warns(UserWarning, match='trains on the data themselves'): learn.fit_strategy('lp_ft', 2)
     assert len(learn.recorder.values)==1+2
