@@ -998,6 +998,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_discriminative/phases.py'),
                                               'fastai_discriminative.phases._flat': ( 'phases.html#_flat',
                                                                                       'fastai_discriminative/phases.py'),
+                                              'fastai_discriminative.phases._is_again': ( 'phases.html#_is_again',
+                                                                                          'fastai_discriminative/phases.py'),
                                               'fastai_discriminative.phases._lower_is_better': ( 'phases.html#_lower_is_better',
                                                                                                  'fastai_discriminative/phases.py'),
                                               'fastai_discriminative.phases._n_epochs': ( 'phases.html#_n_epochs',

@@ -254,6 +254,11 @@ class Strategy:
 _strategies = {}
 
 # %% ../nbs/07b_phases.ipynb #8b2566c7
+def _is_again(f, old):
+    "Is `f` the function `old`, defined once more in its module or in a notebook?"
+    mods = {f.__module__,old.__module__}
+    return f.__qualname__==old.__qualname__ and (len(mods)==1 or '__main__' in mods)
+
 def register_strategy(
     name:str, # For `fit_strategy` and `compare_strategies`
     source:str='', # Where it comes from
@@ -263,7 +268,7 @@ def register_strategy(
     "Make a function that returns phases a strategy by name; raises `StrategyError` if the name is taken by another function"
     def _f(f):
         old = _strategies.get(name)
-        if old is not None and (old.phases.__module__,old.phases.__qualname__)!=(f.__module__,f.__qualname__): raise StrategyError(f"There is a strategy {name!r} already. Choose another name.")
+        if old is not None and not _is_again(f, old.phases): raise StrategyError(f"There is a strategy {name!r} already. Choose another name.")
         _strategies[name] = Strategy(name, f, inspect.getdoc(f) or '', source, keep_best, fit)
         return f
     return _f
