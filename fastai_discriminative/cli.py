@@ -45,7 +45,7 @@ def _cmd_families(a):
 # %% ../nbs/15_cli.ipynb #ec09bb25
 def _strategy_of(a):
     "Name of the strategy that the arguments `a` ask for; raises `StrategyError` if there is none"
-    from fastai_discriminative.strategies import find_strategy
+    from fastai_discriminative.all import find_strategy
     by_hand = getattr(a, 'lr_low', None) is not None or getattr(a, 'lr_high', None) is not None
     return find_strategy(a.strategy or ('lp_ft' if by_hand else 'auto')).name
 
