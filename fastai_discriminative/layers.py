@@ -264,7 +264,7 @@ def new_parts(
 
 def _lacking(model, params):
     "Names in `params` that a checkpoint lacked which `load_pretrained` read into `model` or one of its children"
-    mods = [m for m in (model, *model._modules.values()) if 'not_in_checkpoint' in m.__dict__]
+    mods = [m for m in (model, *model._modules.values()) if m is not None and 'not_in_checkpoint' in m.__dict__]
     ids = {id(p) for m in mods for n,p in m.named_parameters() if n in m.not_in_checkpoint}
     return tuple(n for n,p in params.items() if id(p) in ids) if ids else ()
 
