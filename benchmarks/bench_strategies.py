@@ -5,7 +5,7 @@
 Each part is a set of calls of `compare_strategies`, kept in `results/strategies/*.json`; run again, it goes on where it stopped. `--jobs` processes, one thread each. `--summary` only sums up what is there: the bars of the issue, and the package's table of measured presets.
 The learner is stock `vision_learner`, which the strategies split, so that `fastai` is fastai's own `fine_tune`: 64 px for EfficientNet-Lite0, 70 px for the ViT-S/14, batches of 32, flips, small rotations, zooms and light.
 Each set is split once: images to train on, images to validate on, on which `auto` chooses its best epoch, and as many to test on, which no fit sees (`test`).
-`auto` was designed on the set `stamps`, on first looks at these three sets with other splits and seeds (21-23, 31, 41), and with the rates of published recipes; the splits here are new to it, with one exception: that a trial step may triple the loss, where a quarter more had been too much, was settled on splits 31 and 32 after the ViT had shown no gain on the drawings here.
+`auto` was designed on the set `stamps`, on first looks at these three sets with other splits and seeds (21-23, 31, 41), and with the rates of published recipes; the splits here are new to it, with one exception. A trial step may triple the loss, where a quarter more had been too much before. This was settled on splits 31 and 32, after the ViT had shown no gain on the drawings here.
 """
 import argparse,json,sys
 from dataclasses import replace

@@ -37,7 +37,7 @@ Modules:
 - `fastai_discriminative.report`: What a fine-tune did to the pretrained layers: how far they moved, and whether they still say the same
 - `fastai_discriminative.rules`: Four rules that any splitter has to keep, and what breaks them by name
 - `fastai_discriminative.schedules`: Schedules and a recorder that cost next to nothing a batch, and give the same numbers bit for bit
-- `fastai_discriminative.strategies`: Who trains, for how long, how fast: every practice of fine-tuning by name, and `auto`, which measures before it moves
+- `fastai_discriminative.strategies`: Every common practice of fine-tuning by name, with its source
 - `fastai_discriminative.trace`: The order in which a model really uses its parameters
 - `fastai_discriminative.weights`: Checkpoints from files, and bodies of timm and torchvision that a head can read"""
 
