@@ -148,41 +148,37 @@ class StrategyComparison:
     @property
     def results(self)->pd.DataFrame: # Columns `strategy`, `seed`, `epoch`, `train_s`, losses, metrics; those of `score` in the last row of a fit
         "A row for each epoch of each fit"
-        rows = [dict(strategy=j['strategy'], seed=j['seed'], **r, **(j['score'] if r is j['rows'][-1] else {})) for j in self._in_order() for r in j['rows']]
+        rows = [dict(strategy=j['strategy'], seed=j['seed'], **r, **(j['score'] if r is j['rows'][-1] else {})) for j in _in_order(self) for r in j['rows']]
         return pd.DataFrame(rows, columns=None if rows else ['strategy','seed','epoch','train_s'])
 
-    def __repr__(self): return f'{self._title()}\n{self.table().to_string()}'
-    def _repr_html_(self): return f'<p>{self._title()}</p>{self.table().to_html()}'
+    def __repr__(self): return f'{_title(self)}\n{self.table().to_string()}'
+    def _repr_html_(self): return f'<p>{_title(self)}</p>{self.table().to_html()}'
 
 # %% ../nbs/11_compare.ipynb #91e58bbd
-@patch
-def _in_order(self:StrategyComparison):
-    at = {o:i for i,o in enumerate(self.names)}
-    return sorted(self.jobs, key=lambda j: (at[j['strategy']], j['seed']))
+def _in_order(c):
+    at = {o:i for i,o in enumerate(c.names)}
+    return sorted(c.jobs, key=lambda j: (at[j['strategy']], j['seed']))
 
 @patch(as_prop=True)
 def failures(self:StrategyComparison)->pd.DataFrame: # Columns `strategy`, `seed`, `error`
     "The fits that went wrong"
-    return pd.DataFrame([{k:j[k] for k in ('strategy','seed','error')} for j in self._in_order() if j['error']], columns=['strategy','seed','error'])
+    return pd.DataFrame([{k:j[k] for k in ('strategy','seed','error')} for j in _in_order(self) if j['error']], columns=['strategy','seed','error'])
 
 # %% ../nbs/11_compare.ipynb #8aad920c
-@patch
-def _title(self:StrategyComparison):
-    bad = f", {len(self.failures)} failed" if len(self.failures) else ''
-    return f"{len(self.jobs)} fits{bad}: {self.metric}, {len({j['seed'] for j in self.jobs})} seeds, compared with {self.reference!r}"
+def _title(c):
+    bad = f", {len(c.failures)} failed" if len(c.failures) else ''
+    return f"{len(c.jobs)} fits{bad}: {c.metric}, {len({j['seed'] for j in c.jobs})} seeds, compared with {c.reference!r}"
 
-@patch
-def _last(self:StrategyComparison, name, metric=None):
+def _last(c, name, metric=None):
     "Seed -> last value of the metric, of the fits of strategy `name` that went well"
-    k = metric or self.metric
-    return {j['seed']: (j['score'] if k in j['score'] else j['rows'][-1])[k] for j in self._in_order() if j['strategy']==name and not j['error'] and j['rows']}
+    k = metric or c.metric
+    return {j['seed']: (j['score'] if k in j['score'] else j['rows'][-1])[k] for j in _in_order(c) if j['strategy']==name and not j['error'] and j['rows']}
 
 # %% ../nbs/11_compare.ipynb #af0c5c4a
-@patch
-def _reached(self:StrategyComparison, job, target):
+def _reached(c, job, target):
     "Training seconds after which `job` is as good as `target`; `inf` if it never is"
-    sign = -1 if _lower_is_better(self.metric) else 1
-    return next((r['train_s'] for r in job['rows'] if sign*r.get(self.metric, float('nan'))>=sign*target), math.inf)
+    sign = -1 if _lower_is_better(c.metric) else 1
+    return next((r['train_s'] for r in job['rows'] if sign*r.get(c.metric, float('nan'))>=sign*target), math.inf)
 
 # %% ../nbs/11_compare.ipynb #961f6278
 @patch
@@ -191,24 +187,23 @@ def times_to_reference(self:StrategyComparison,
 )->dict: # Seed -> share of the reference's training time, `inf` if never
     "Training time in which strategy `name` is as good as the reference strategy is at its end, over the reference's own training time, seed by seed"
     ends,res = {j['seed']:j['rows'][-1] for j in self.jobs if j['strategy']==self.reference and not j['error'] and j['rows']},{}
-    for j in self._in_order():
+    for j in _in_order(self):
         if j['strategy']!=name or j['error'] or j['seed'] not in ends: continue
         end = ends[j['seed']]
-        res[j['seed']] = self._reached(j, end[self.metric])/end['train_s']
+        res[j['seed']] = _reached(self, j, end[self.metric])/end['train_s']
     return res
 
 # %% ../nbs/11_compare.ipynb #00adb727
-@patch
-def _table_row(self:StrategyComparison, n, k, ref):
+def _table_row(c, n, k, ref):
     "What `table` shows of strategy `n`: the last values of metric `k`, beside those of the reference, `ref`"
-    last,jobs = self._last(n, k),[j for j in self.jobs if j['strategy']==n]
+    last,jobs = _last(c, n, k),[j for j in c.jobs if j['strategy']==n]
     row = dict(strategy=n, seeds=len(last), failed=len(jobs)-len(last))
     if not last: return row
-    (m,h),ts = _interval(list(last.values())),list(self.times_to_reference(n).values())
-    both = [s for s in last if s in ref] if n!=self.reference else []
+    (m,h),ts = _interval(list(last.values())),list(c.times_to_reference(n).values())
+    both = [s for s in last if s in ref] if n!=c.reference else []
     d,dh = _interval([last[s]-ref[s] for s in both]) if both else (float('nan'),)*2
     row.update({k:m, '±':h, 'train_s':np.mean([j['rows'][-1]['train_s'] for j in jobs if not j['error']])})
-    if k==self.metric: row['time to reference'] = np.median(ts) if ts else float('nan')
+    if k==c.metric: row['time to reference'] = np.median(ts) if ts else float('nan')
     return {**row, 'difference':d, 'difference ±':dh, 'distinguishable':'' if math.isnan(dh) else 'yes' if abs(d)>dh else 'no'}
 
 # %% ../nbs/11_compare.ipynb #98147abc
@@ -218,17 +213,16 @@ def table(self:StrategyComparison,
 )->pd.DataFrame: # One row a strategy
     "Mean and 95 % interval over seeds, training seconds, time to the reference's last value, and the paired difference from the reference"
     k = metric or self.metric
-    return pd.DataFrame([self._table_row(n, k, self._last(self.reference, k)) for n in self.names]).set_index('strategy')
+    return pd.DataFrame([_table_row(self, n, k, _last(self, self.reference, k)) for n in self.names]).set_index('strategy')
 
 # %% ../nbs/11_compare.ipynb #95398606
 _palette = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split() # Okabe and Ito's, which colour-blind people can tell apart
 
-@patch
-def _curve(self:StrategyComparison, name):
+def _curve(c, name):
     "Mean training seconds, mean metric and half the interval, epoch by epoch"
-    js = [j['rows'] for j in self.jobs if j['strategy']==name and not j['error'] and j['rows']]
+    js = [j['rows'] for j in c.jobs if j['strategy']==name and not j['error'] and j['rows']]
     rows = [[r[min(i, len(r)-1)] for r in js] for i in range(max(map(len, js)))] # a fit that stopped early stays where it was
-    return [np.mean([r['train_s'] for r in o]) for o in rows], *zip(*[_interval([r[self.metric] for r in o]) for o in rows])
+    return [np.mean([r['train_s'] for r in o]) for o in rows], *zip(*[_interval([r[c.metric] for r in o]) for o in rows])
 
 # %% ../nbs/11_compare.ipynb #d4130603
 @patch
@@ -238,8 +232,8 @@ def plot(self:StrategyComparison,
 )->plt.Axes: # The axes
     "The metric against training time, with 95 % bands over seeds"
     ax,metric = ax or plt.subplots(figsize=(7.5,4.5), layout='constrained')[1],self.metric
-    for i,n in enumerate([o for o in names or self.names if self._last(o)]):
-        x,m,h = self._curve(n)
+    for i,n in enumerate([o for o in names or self.names if _last(self, o)]):
+        x,m,h = _curve(self, n)
         c = _palette[i%len(_palette)]
         ax.plot(x, m, color=c, ls=('-','--',':')[i//len(_palette)%3], marker='osD^vPX'[i%7], ms=4, markevery=[len(x)-1], lw=1.8, label=n)
         if not math.isnan(h[-1]): ax.fill_between(x, np.subtract(m, h), np.add(m, h), color=c, alpha=.12, lw=0)

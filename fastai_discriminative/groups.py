@@ -184,18 +184,19 @@ class LayerGroups(Sequence):
         "Name of a parameter -> index of its group"
         return {n:i for i,g in enumerate(self) for n in g.param_names}
 
+    def _title(self): return f"{self.arch or self.family or 'model'}: {len(self)} groups, {self.n_layers} layers, {self.rule}"
+    def __repr__(self): return f'{self._title()}\n{text_table(*self._table())}'
+    def _repr_html_(self): return f'<p>{self._title()}</p>{html_table(*self._table())}'
+
 # %% ../nbs/02_groups.ipynb #f7494683
-@patch(as_prop=True)
-def _paths(self:LayerGroups):
-    "Name of a module -> index of the first group that has a parameter below it"
-    if '_path_index' not in self.__dict__:
-        res = {'':0}
-        for n,i in self.where.items():
-            while n:
-                n = n.rpartition('.')[0]
-                res[n] = min(i, res.get(n, i))
-        self._path_index = res
-    return self._path_index
+def _first_below(where):
+    "Name of a module -> index of the first group that has a parameter below it, from parameter -> index"
+    res = {'':0}
+    for n,i in where.items():
+        while n:
+            n = n.rpartition('.')[0]
+            res[n] = min(i, res.get(n, i))
+    return res
 
 # %% ../nbs/02_groups.ipynb #02022b16
 @patch
@@ -203,6 +204,7 @@ def group_of(self:LayerGroups,
     name:str, # Clean name of a module
 )->int: # Index of a group
     "The group that module `name` belongs to, by the parameters below it or below its nearest parent with any"
+    if '_paths' not in self.__dict__: self._paths = _first_below(self.where)
     while name not in self._paths: name = name.rpartition('.')[0]
     return self._paths[name]
 
@@ -236,15 +238,6 @@ def _table(self:LayerGroups):
     rows = [[i, g.name, len(g.layers), f'{g.n_params:,}', f'{g.n_params/tot:.1%}'] for i,g in enumerate(self)]
     if has_new: rows = [[*r, 'new' if g.is_new else ''] for r,g in zip(rows, self)]
     return ('', 'group', 'layers', 'parameters', 'share', *['new']*has_new),rows
-
-# %% ../nbs/02_groups.ipynb #06961587
-@patch
-def _title(self:LayerGroups): return f"{self.arch or self.family or 'model'}: {len(self)} groups, {self.n_layers} layers, {self.rule}"
-
-@patch
-def __repr__(self:LayerGroups): return f'{self._title()}\n{text_table(*self._table())}'
-@patch
-def _repr_html_(self:LayerGroups): return f'<p>{self._title()}</p>{html_table(*self._table())}'
 
 # %% ../nbs/02_groups.ipynb #9885a6d4
 def cut_groups(

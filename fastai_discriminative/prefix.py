@@ -81,6 +81,70 @@ def _instead(fs):
     finally:
         for m,f in old.items(): set_forward(m, f)
 
+# %% ../nbs/06b_prefix.ipynb #303fdb29
+_LeafSpec = namedtuple('_LeafSpec', 'shape dtype device') # `None` in `shape` for the batch
+
+def _leaf_spec(t, bs): return _LeafSpec((None,*t.shape[1:]) if t.ndim and t.shape[0]==bs else tuple(t.shape), t.dtype, t.device)
+
+def _spec(out, bs):
+    "Structure of `out` and what its tensors look like"
+    leaves,tree = tree_flatten(out)
+    return tree,[_leaf_spec(o, bs) if isinstance(o, Tensor) else o for o in leaves]
+
+# %% ../nbs/06b_prefix.ipynb #7a41d948
+class _FixedCalls:
+    "The fixed results that one forward pass of `model` shows, and stand-ins for the modules that gave them; raises `FeatureError` or `NothingFrozen` where there is nothing to keep"
+    def __init__(self, model, xb, awake):
+        calls,self.counts = _fixed_calls(model, xb, awake)
+        _check_frozen(model, calls)
+        self.bs,self.inputs = len(xb[0]),_spec(xb, len(xb[0]))
+        self.specs = {(m,nth): _spec(out, self.bs) for m,nth,out in calls}
+        self.modules = list(dict.fromkeys(m for m,*_ in calls))
+        inside = {o for m in self.modules for o in m.modules()}
+        idle = [m for m in model.modules() if m not in inside and not self.counts[m] and m._parameters]
+        self.unseen = [m for m in idle if not any(p.requires_grad for p in m.parameters())] # frozen ones that the probe did not run
+
+    def stand_ins(self, answer):
+        "For each module a function that hands its fixed calls to `answer`, as `(module, call number, function that runs it)`"
+        n = Counter()
+        def _f(m, forward, *args, **kwargs):
+            nth = n[m]
+            n[m] += 1
+            if (m,nth) in self.specs: return answer(m, nth, partial(forward, *args, **kwargs))
+            if nth<self.counts[m]: return forward(*args, **kwargs)
+            raise FeatureError(f"The frozen {type(m).__name__} runs more often in training than in validation, so its results cannot be kept. Train without `CachedFeatures`.")
+        return {m: partial(_f, m, m.forward) for m in (*self.modules, *self.unseen)}
+
+# %% ../nbs/06b_prefix.ipynb #7d4b0adc
+def _check_frozen(model, calls):
+    if any(m is model for m,*_ in calls): raise FeatureError("Nothing trains, so there is nothing that features could be used for. Call `learn.freeze_to(-1)` to train the head.")
+    if not any(True for m,*_ in calls for _ in m.parameters()): raise NothingFrozen(
+        "Nothing at the start of the model is frozen, so there are no features to keep. Call `learn.freeze()` or `learn.freeze_to(n)` first.")
+
+# %% ../nbs/06b_prefix.ipynb #dbfda9d3
+def _find_used(model, fixed, xb):
+    "Which inputs (`None` for the module) and `fixed` results the output of `model` depends on, as `(module, call number, index)`"
+    marks = {}
+    def _mark(k, t):
+        if not (isinstance(t, Tensor) and t.is_floating_point()): return t
+        marks[k] = t.detach().requires_grad_()
+        return marks[k].clone() # layers that work in place may follow
+    def _answer(m, nth, run):
+        with torch.no_grad(): out = run()
+        ts,tree = tree_flatten(out)
+        return tree_unflatten([_mark((m,nth,j), t) for j,t in enumerate(ts)], tree)
+    with torch.enable_grad(), _instead(fixed.stand_ins(_answer)):
+        outs = [t for t in tensors_of(model(*[_mark((None,0,j), o) for j,o in enumerate(xb)])) if t.requires_grad]
+        if not outs: raise FeatureError(f"{type(model).__name__} returns no tensors that gradients could come from. Train without `CachedFeatures`.")
+        grads = torch.autograd.grad(sum(t.sum() for t in outs), list(marks.values()), allow_unused=True)
+    ints = [(None,0,j) for j,o in enumerate(xb) if not o.is_floating_point()] # a gradient cannot tell
+    return ints + [k for (k,t),g in zip(marks.items(), grads) if g is not None and _check_batch(k, t, fixed.bs)]
+
+def _check_batch(k, t, bs):
+    if t.ndim and t.shape[0]==bs: return True
+    raise FeatureError(f"The rest of the model uses a result of the frozen {type(k[0]).__name__} with shape {tuple(t.shape)}, which has no row for each of {bs} samples. "
+        "Freeze up to another group, or train without `CachedFeatures`.")
+
 # %% ../nbs/06b_prefix.ipynb #14bbc9da
 class FrozenPrefix:
     "The part of `model` that depends on nothing that trains, and what the rest of the model uses of it; raises `FeatureError` if the two cannot be taken apart"
@@ -91,15 +155,10 @@ class FrozenPrefix:
         self.model,self._blanks = unwrap_model(model),{}
         if not all(isinstance(o, Tensor) and o.ndim for o in xb): raise FeatureError("The model's inputs are not tensors with a row for each sample. Train without `CachedFeatures`.")
         xb = [o[:4].as_subclass(Tensor) for o in xb]
-        awake,self.bs = {m for m in self.model.modules() if m.training},len(xb[0])
+        awake = {m for m in self.model.modules() if m.training}
         with evaluating(self.model):
-            calls,self.n_calls = _fixed_calls(self.model, xb, awake)
-            self._check_frozen(calls)
-            self.inputs = self._spec(xb)
-            self.specs = {(m,nth): self._spec(out) for m,nth,out in calls}
-            self.modules = list(dict.fromkeys(m for m,*_ in calls))
-            self.unseen = self._find_unseen()
-            self.used = self._find_used(xb)
+            self.fixed = _FixedCalls(self.model, xb, awake)
+            self.used = _find_used(self.model, self.fixed, xb)
         self._rehearse(xb)
 
     @property
@@ -108,71 +167,12 @@ class FrozenPrefix:
         names = {m:n for n,m in named_mods(self.model).items()}
         return [names[m] for m in self.modules]
 
+    @property
+    def modules(self)->list: # In the order in which they run
+        "The outermost modules whose results are kept or not needed"
+        return self.fixed.modules
+
     def __repr__(self): return f"FrozenPrefix({', '.join(self.names)}; {len(self.used)} results used)"
-
-# %% ../nbs/06b_prefix.ipynb #7d4b0adc
-@patch
-def _check_frozen(self:FrozenPrefix, calls):
-    if any(m is self.model for m,*_ in calls): raise FeatureError("Nothing trains, so there is nothing that features could be used for. Call `learn.freeze_to(-1)` to train the head.")
-    if not any(True for m,*_ in calls for _ in m.parameters()): raise NothingFrozen(
-        "Nothing at the start of the model is frozen, so there are no features to keep. Call `learn.freeze()` or `learn.freeze_to(n)` first.")
-
-@patch
-def _find_unseen(self:FrozenPrefix):
-    "Frozen modules that the probe did not run"
-    inside = {o for m in self.modules for o in m.modules()}
-    idle = [m for m in self.model.modules() if m not in inside and not self.n_calls[m] and m._parameters]
-    return [m for m in idle if not any(p.requires_grad for p in m.parameters())]
-
-# %% ../nbs/06b_prefix.ipynb #303fdb29
-_LeafSpec = namedtuple('_LeafSpec', 'shape dtype device') # `None` in `shape` for the batch
-
-def _leaf_spec(t, bs): return _LeafSpec((None,*t.shape[1:]) if t.ndim and t.shape[0]==bs else tuple(t.shape), t.dtype, t.device)
-
-@patch
-def _spec(self:FrozenPrefix, out):
-    "Structure of `out` and what its tensors look like"
-    leaves,tree = tree_flatten(out)
-    return tree,[_leaf_spec(o, self.bs) if isinstance(o, Tensor) else o for o in leaves]
-
-# %% ../nbs/06b_prefix.ipynb #7a41d948
-@patch
-def _stand_ins(self:FrozenPrefix, answer):
-    "For each module a function that hands its fixed calls to `answer`, as `(module, call number, function that runs it)`"
-    n = Counter()
-    def _f(m, forward, *args, **kwargs):
-        nth = n[m]
-        n[m] += 1
-        if (m,nth) in self.specs: return answer(m, nth, partial(forward, *args, **kwargs))
-        if nth<self.n_calls[m]: return forward(*args, **kwargs)
-        raise FeatureError(f"The frozen {type(m).__name__} runs more often in training than in validation, so its results cannot be kept. Train without `CachedFeatures`.")
-    return {m: partial(_f, m, m.forward) for m in (*self.modules, *self.unseen)}
-
-# %% ../nbs/06b_prefix.ipynb #dbfda9d3
-@patch
-def _find_used(self:FrozenPrefix, xb):
-    "Which inputs (`None` for the module) and results the model's output depends on, as `(module, call number, index)`"
-    marks = {}
-    def _mark(k, t):
-        if not (isinstance(t, Tensor) and t.is_floating_point()): return t
-        marks[k] = t.detach().requires_grad_()
-        return marks[k].clone() # layers that work in place may follow
-    def _answer(m, nth, run):
-        with torch.no_grad(): out = run()
-        ts,tree = tree_flatten(out)
-        return tree_unflatten([_mark((m,nth,j), t) for j,t in enumerate(ts)], tree)
-    with torch.enable_grad(), _instead(self._stand_ins(_answer)):
-        outs = [t for t in tensors_of(self.model(*[_mark((None,0,j), o) for j,o in enumerate(xb)])) if t.requires_grad]
-        if not outs: raise FeatureError(f"{type(self.model).__name__} returns no tensors that gradients could come from. Train without `CachedFeatures`.")
-        grads = torch.autograd.grad(sum(t.sum() for t in outs), list(marks.values()), allow_unused=True)
-    ints = [(None,0,j) for j,o in enumerate(xb) if not o.is_floating_point()] # a gradient cannot tell
-    return ints + [k for (k,t),g in zip(marks.items(), grads) if g is not None and self._check_batch(k, t)]
-
-@patch
-def _check_batch(self:FrozenPrefix, k, t):
-    if t.ndim and t.shape[0]==self.bs: return True
-    raise FeatureError(f"The rest of the model uses a result of the frozen {type(k[0]).__name__} with shape {tuple(t.shape)}, which has no row for each of {self.bs} samples. "
-        "Freeze up to another group, or train without `CachedFeatures`.")
 
 # %% ../nbs/06b_prefix.ipynb #cf519518
 class _Done(Exception): "All features are there: the forward pass can stop"
@@ -189,7 +189,7 @@ def features(self:FrozenPrefix,
             if (m,nth,j) in self.used: got[m,nth,j] = t.clone() # a later layer may work in place
         if len(got)==len(self.used): raise _Done
         return out
-    with torch.no_grad(), evaluating(self.model), _instead(self._stand_ins(_answer)):
+    with torch.no_grad(), evaluating(self.model), _instead(self.fixed.stand_ins(_answer)):
         try: self.model.forward(*xb)
         except _Done: pass
     return tuple(got[k] for k in self.used)
@@ -203,24 +203,23 @@ def rest(self:FrozenPrefix,
     given,bs = dict(zip(self.used, feats)),len(feats[0])
     def _fill(m, nth, spec):
         tree,leaves = spec
-        return tree_unflatten([given[m,nth,j] if (m,nth,j) in given else self._blank(o, bs) for j,o in enumerate(leaves)], tree)
-    with _instead(self._stand_ins(lambda m,nth,run: _fill(m, nth, self.specs[m,nth]))): return self.model.forward(*_fill(None, 0, self.inputs))
+        return tree_unflatten([given[m,nth,j] if (m,nth,j) in given else _blank(o, bs, self._blanks) for j,o in enumerate(leaves)], tree)
+    with _instead(self.fixed.stand_ins(lambda m,nth,run: _fill(m, nth, self.fixed.specs[m,nth]))): return self.model.forward(*_fill(None, 0, self.fixed.inputs))
 
-@patch
-def _blank(self:FrozenPrefix, o, bs):
-    "Zeros in the place of a result that nobody uses"
+def _blank(o, bs, made):
+    "Zeros in the place of a result that nobody uses; kept in the dict `made`"
     if not isinstance(o, _LeafSpec): return o
     k = tuple(bs if n is None else n for n in o.shape),o.dtype,o.device
-    if k not in self._blanks: self._blanks[k] = torch.zeros(k[0], dtype=k[1], device=k[2])
-    return self._blanks[k]
+    if k not in made: made[k] = torch.zeros(k[0], dtype=k[1], device=k[2])
+    return made[k]
 
 # %% ../nbs/06b_prefix.ipynb #dc503539
 @patch
 def _rehearse(self:FrozenPrefix, xb):
     "Add what training uses, and prove that `rest` is the rest"
-    train = self.bs>1 and self.model.training # batch norms refuse a single sample
+    train = self.fixed.bs>1 and self.model.training # batch norms refuse a single sample
     if train:
-        with rehearsing(self.model): used = self._find_used(xb)
+        with rehearsing(self.model): used = _find_used(self.model, self.fixed, xb)
         self.used += [k for k in used if k not in self.used]
     with evaluating(self.model): self._check_rest(xb, 'validation')
     if train:
@@ -229,7 +228,7 @@ def _rehearse(self:FrozenPrefix, xb):
 # %% ../nbs/06b_prefix.ipynb #3244dd32
 @patch
 def _check_rest(self:FrozenPrefix, xb, mode):
-    some = [o[:max(1, self.bs-(self.bs>2))] for o in xb]
+    some = [o[:max(1, len(o)-(len(o)>2))] for o in xb]
     feats,state = self.features(*some),torch.get_rng_state()
     with torch.no_grad():
         want = tensors_of(self.model(*some))

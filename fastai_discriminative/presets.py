@@ -110,16 +110,15 @@ class Preset:
         "`lr_low` to `lr_high` as fastai's `fit_one_cycle` takes it; the head's multiple is not in it"
         return slice(self.lr_low, self.lr_high)
 
-# %% ../nbs/03_presets.ipynb #5c2f09e3
-@patch(as_prop=True)
-def ratio(self:Preset)->float: # In (0,1]; 1 is one rate for the whole body
-    "End-to-end ratio, `lr_low/lr_high`: never a per-layer factor"
-    return self.lr_low/self.lr_high
+    @property
+    def ratio(self)->float: # In (0,1]; 1 is one rate for the whole body
+        "End-to-end ratio, `lr_low/lr_high`: never a per-layer factor"
+        return self.lr_low/self.lr_high
 
-@patch(as_prop=True)
-def head_lr(self:Preset)->float: # In the units of `optimizer`, at batch `bs`
-    "Rate of the new head, `lr_high*head_mult`"
-    return self.lr_high*self.head_mult
+    @property
+    def head_lr(self)->float: # In the units of `optimizer`, at batch `bs`
+        "Rate of the new head, `lr_high*head_mult`"
+        return self.lr_high*self.head_mult
 
 # %% ../nbs/03_presets.ipynb #77a4c7b8
 @patch

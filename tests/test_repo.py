@@ -1,5 +1,6 @@
 "The rules of the repository that no notebook shows: names, docments, cell lengths, the built package, stated versions"
 import ast,builtins,importlib,inspect,json,re,shutil,subprocess,sys,zipfile
+from collections import Counter
 from pathlib import Path
 from fastcore.docments import docments
 import fastai.vision.all as fv,pytest
@@ -175,6 +176,12 @@ def test_modules_are_short():
 def test_few_private_names_cross_a_border():
     private = [f'{o.stem}: {m}.{n}' for o in sources for m,ns in _imports(ast.walk(_tree(o.stem))) for n in ns if re.match(r'_[^_]', n)]
     assert len(private)<=20, f"{len(private)} private names imported: {private}"
+
+def test_a_class_stands_in_one_place():
+    "Where more than five methods are patched onto a class of ours, it is two classes or too long"
+    n = Counter((f,c) for f in mods for o in _tree(f).body if isinstance(o, ast.FunctionDef) and _decorated(o, 'patch') for c in [ast.unparse(o.args.args[0].annotation)])
+    ours = {k:v for k,v in n.items() if any(isinstance(o, ast.ClassDef) and o.name==k[1] for o in _tree(k[0]).body)}
+    assert ours and not {k:v for k,v in ours.items() if v>5}
 
 def test_rooms_are_listed_in_the_order_of_their_imports():
     "So there is no circle of imports either"
