@@ -10,8 +10,15 @@ from pathlib import Path
 
 KEEP = '''id family models pretraining task_dataset optimizer lr_as_stated batch_size lr_scaling_rule abs_peak_lr layer_decay lr_groups derived_bottom_lr_ratio
     head_lr_multiplier weight_decay epochs bn_handling source source_type confidence'''.split()
-ADDED = 'regime task units lr bs ratio head_mult stem sizes'.split()
+ADDED = 'regime task units lr bs ratio head_mult stem sizes steps size ckpt_size new_task'.split()
 SIZES = 'atto femto pico nano tiny small medium base large xlarge huge giant'
+
+IMAGES = {  # task_dataset, without its image size -> training images; data sets of several sizes, or of one's own, are not here
+    'ImageNet-1k':1281167, 'ImageNet':1281167, 'ImageNet 1% labels':12811, 'ImageNet 1%':12811, 'ImageNet 10% labels':128116, 'ImageNet-1k + 5 shifts':1281167,
+    'ImageNet-1k fine-tune (paper Table 5)':1281167, 'ImageNet classification full fine-tune':1281167, 'ImageNet-1k higher resolution':1281167,
+    'CIFAR-10':50000, 'CIFAR-100':50000, 'CIFAR-10 / CIFAR-100':50000, 'CIFAR-10/100':50000, 'CIFAR':50000, 'CIFAR-100 fine-tune':50000, 'CIFAR-100 mixup fine-tune':50000,
+    'CIFAR-10 (vit_jax)':50000, 'CUB-200-2011':5994, 'CUB-200':5994, 'beans (1k images)':1034, 'Stanford Dogs':12000, 'hymenoptera (2 classes)':244, 'Kaggle Paddy disease':10407,
+    'Oxford Pets':3680, 'Flowers102 quick start':1020, 'IMDb':25000, 'MS-COCO multi-label':82081, 'VTAB-1k':1000}
 
 FIXES = {  # id -> columns
     30: dict(ratio=''),                    # 0.9 per block over blocks that the row does not count
@@ -22,14 +29,14 @@ FIXES = {  # id -> columns
     113: dict(lr=0.01, bs=768, units='sgd'),  # "as DeiT#45"
     130: dict(bs=1024),                    # the 224 px model; 512 is for 336 px
     144: dict(bs=384),                     # the D2 model; 240 is for D3
-    168: dict(lr=1e-5, ratio=1),           # second phase; the ratio in the text compares two phases, not two layers
+    168: dict(lr=1e-5, ratio=1, steps=750),           # second phase, of 4 epochs; the ratio in the text compares two phases, not two layers
     195: dict(head_mult='', lr=''),        # a grid; x10 is an ablation
     200: dict(stem='', sizes=''), 203: dict(stem='', sizes=''), 223: dict(lr=5e-5, ratio=1, head_mult=100, stem='', sizes=''),  # names of several models, or no size at all
     201: dict(task='classification'),      # multi-label classification on COCO images
     204: dict(lr=''),                      # the same 0.01 at batch 64 and 512
     208: dict(units='adamw'),              # 2e-4 is the Adam / AdamW run; SGD has no rate in the row
     222: dict(lr=1e-5, ratio=1, head_mult=100),  # timm strings get two groups in fastai: body base_lr/2/100, head base_lr/2
-    224: dict(lr=2e-5, ratio=1, head_mult=100),  # geometric mean of the two rates swept, 1e-5 and 4e-5
+    224: dict(lr=2e-5, ratio=1, head_mult=100, bs=32, steps=925),  # geometric mean of the two rates swept, 1e-5 and 4e-5; 5 epochs of 5,912 pets
     225: dict(regime='supervised'), 226: dict(lr=''),  # 226: two recipes in one row
     228: dict(regime='lm', ratio=1/2.6**4, head_mult=1)}  # 2.6 from each of the five groups to the next, the head's included
 
@@ -90,13 +97,30 @@ def stem_sizes(r):
     stem = re.match(r'([a-z]+[a-z0-9]*)[_-]', s)
     return (stem[1], ' '.join(dict.fromkeys(sizes))) if stem and sizes else ('', '')
 
+def sizes_px(r):
+    "Image size of the recipe, and of the checkpoint where the row tells that it was another, in pixels"
+    px = re.findall(r'@(\d{3})', r['task_dataset']) or re.findall(r'@(\d{3})\b', r['models'])
+    was = re.search(r'(?:^|\D)([1-6]\d[0248])(?: supervised| \+|\)|$)|@(\d{3})', r['pretraining'])
+    return px[0] if len(set(px))==1 else '', (was[1] or was[2]) if was else ''
+
+def steps(r, bs):
+    "Steps of the optimiser: stated, or epochs x images / batch; empty where the source does not tell"
+    e = r['epochs']
+    if m := re.match(r'(\d+) steps', e): return int(m[1])
+    n = IMAGES.get(re.sub(r' @.*', '', r['task_dataset']))
+    m = re.match(r'(\d+)(?= \(\+| head|$)', e)
+    return round(int(m[1])*n/float(bs)) if n and m and bs else ''
+
 def make(rows):
     for r in rows:
         o = {k: r[k] for k in KEEP}
         o['lr'],o['bs'] = lr_bs(r)
         o['stem'],o['sizes'] = stem_sizes(r)
         o.update(regime=regime(r), task=task(r), units=units(r), ratio=ratio(r), head_mult=head_mult(r))
+        o['size'],o['ckpt_size'] = sizes_px(r)
         o.update(FIXES.get(int(r['id']), {}))
+        if 'steps' not in o: o['steps'] = steps(r, o['bs'])
+        o['new_task'] = 'yes' if o['task']=='classification' else 'no'
         yield {k: f'{v:.17g}' if k=='ratio' and v != '' else f'{v:.6g}' if isinstance(v, float) else v for k,v in o.items()}
 
 def main(src=Path(__file__).parent/'recipes_raw.csv', dst=Path(__file__).parent.parent/'fastai_discriminative'/'data'/'recipes.csv'):
