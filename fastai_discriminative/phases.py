@@ -23,7 +23,8 @@ from .groups import *
 from .probe import *
 from .holding import *
 from .schedules import _combine_scheds
-from .learner import _check_units,_effective_batch,_resolve_lr
+from .learner import *
+from .learner import _check_units,_resolve_lr
 from .features import *
 
 # %% ../nbs/07b_phases.ipynb #d830c892
@@ -156,7 +157,7 @@ def before_train(self:StrategyRun):
     p = self.phases[i]
     self._epoch = self.epoch-int(self.ends[i])+p.n_epoch
     lr = p.lr(self.learn, self._epoch) if callable(p.lr) else p.lr
-    self.peaks = _per_group(_resolve_lr(self.learn, lr, list(self.learn.cbs)), len(self.opt.hypers))
+    self.peaks = _per_group(_resolve_lr(self.learn, lr, list(self.learn.cbs), p.n_epoch), len(self.opt.hypers))
     self.learn.peak_lrs = self.peaks
 
 # %% ../nbs/07b_phases.ipynb #86af522d
@@ -226,12 +227,16 @@ def restore(self:KeepBest):
 def after_fit(self:KeepBest):
     if self._state is None: return
     self.restore()
-    if self.recorder.values[-1] is not self._row:
-        self.recorder.values.append(self._row)
-        self.recorder.iters.append(self.recorder.smooth_loss.count)
-        self.learn.final_record = self._row
-        self.learn.logger([self._epoch, *self._row, 'best'])
+    if self.recorder.values[-1] is not self._row: self._add_row(self._row, 'best', self._epoch)
     self._state = None
+
+@patch
+def _add_row(self:KeepBest, row, name, epoch):
+    "Add a last row for the weights that are in the model now: `name` in its last column"
+    self.recorder.values.append(row)
+    self.recorder.iters.append(self.recorder.smooth_loss.count)
+    self.learn.final_record = row
+    self.learn.logger([epoch, *row, name])
 
 @patch
 def release(self:KeepBest):
@@ -247,7 +252,7 @@ class Strategy:
     phases:object # Function of `(n_epoch, preset, groups)` that returns a list of `Phase`
     about:str='' # When to use it, and when not
     source:str='' # Paper or repository that it comes from
-    keep_best:bool=False # Keep the best epoch's weights, and never end below them?
+    keep_best:bool|type=False # Keep the best epoch's weights, and never end below them? Or a subclass of `KeepBest` that chooses in another way
     fit:object=None # Function of `(learner, n_epoch, **kwargs)` that trains in its own way; the phases then are for show
     def __repr__(self): return f'Strategy({self.name}: {self.about} Source: {self.source})'
 
@@ -262,7 +267,7 @@ def _is_again(f, old):
 def register_strategy(
     name:str, # For `fit_strategy` and `compare_strategies`
     source:str='', # Where it comes from
-    keep_best:bool=False, # Restore the best epoch's weights at the end? Needs a validation set
+    keep_best:bool|type=False, # Restore the best epoch's weights at the end? Needs a validation set. Or a subclass of `KeepBest` that chooses in another way
     fit=None # For a strategy that is no list of phases: a function of `(learner, n_epoch, **kwargs)`
 )->Callable: # A decorator for a function of `(n_epoch, preset, groups)`, whose docstring says when to use it
     "Make a function that returns phases a strategy by name; raises `StrategyError` if the name is taken by another function"
@@ -305,8 +310,8 @@ def _plan(learn, strategy, n_epoch, cbs=None):
         if n_epoch is not None and n!=n_epoch: raise StrategyError(f"These {len(phases)} phases take {n} epochs, but n_epoch={n_epoch}. Leave `n_epoch` out, or change the phases.")
         return phases
     if learn.preset is None: raise PresetError(f"No preset is known in the units of {learn.opt_func}, and {strategy.name!r} needs one. Use `learn.split(fused=True)` for AdamW, or a list of `Phase` with rates.")
-    preset = _check_units(learn.preset, learn.opt_func).scaled(*_effective_batch(learn, cbs))
-    if not getattr(learn, 'pretrained', True): preset = replace(preset, lr_low=preset.head_lr, lr_high=preset.head_lr, head_mult=1., regime='random')
+    preset = _check_units(learn.preset, learn.opt_func).scaled(*fit_case(learn, cbs, n_epoch))
+    if not getattr(learn, 'pretrained', True): preset = replace(preset, lr_low=preset.head_lr, lr_high=preset.head_lr, head_mult=1., regime='random', law=None)
     phases = _check_phases(strategy.phases(_n_epochs(n_epoch), preset, groups), groups)
     return [replace(p, frozen=min(p.frozen%len(groups), groups.n_body)) if p.frozen else p for p in phases] # what is new always trains
 
@@ -337,18 +342,18 @@ def fit_strategy(self:Learner,
         if s.keep_best: _check_valid(self, s)
     _ready(self)
     phases = _plan(self, s, n_epoch, cbs)
-    _fit_phases(self, phases, isinstance(s, Strategy) and s.keep_best, wd, cbs, monitor, comp, start_epoch)
+    keeper = (KeepBest if s.keep_best is True else s.keep_best)(monitor, comp) if isinstance(s, Strategy) and s.keep_best else None
+    _fit_phases(self, phases, keeper, wd, cbs, start_epoch)
 
 # %% ../nbs/07b_phases.ipynb #077f479b
 def _check_valid(learn, s):
     if len(learn.dls.loaders)>1 and len(learn.dls.valid): return
     raise StrategyError(f"{s.name!r} keeps the weights that are best on a validation set, and this learner has none. Split the data, or use 'lp_ft', which needs none.")
 
-def _fit_phases(learn, phases, keep_best, wd, cbs, monitor, comp, start_epoch):
+def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch):
     own = next((o for o in cbs if isinstance(o, CachedFeatures)), None)
     cached = own or (CachedFeatures() if any(p.cached for p in phases) else None)
-    run = StrategyRun(phases, cached, close=cached is not own)
-    extra = [run] + [cached]*(cached is not own) + [KeepBest(monitor, comp), TerminateOnNaNCallback()]*keep_best
+    extra = [StrategyRun(phases, cached, close=cached is not own)] + [cached]*(cached is not own) + ([keeper, TerminateOnNaNCallback()] if keeper else [])
     try: learn.fit(sum(p.n_epoch for p in phases), wd=wd, cbs=[*extra, *cbs], start_epoch=start_epoch)
     finally:
         if cached is not own: cached.close()
@@ -363,9 +368,7 @@ def _picture(learn, phases, n=60):
         width = p.n_epoch/(_cached_per_epoch if p.cached else 1)
         lrs = np.array(_per_group(_resolve_lr(learn, p.lr(learn, 0) if callable(p.lr) else p.lr), len(learn.opt.hypers)))
         for i in range(n):
-            col = lrs*float(share((i+.5)/n))
-            col[:k] = np.nan
-            cols.append(col)
+            cols.append(np.where(np.arange(len(lrs))<k, np.nan, lrs*float(share((i+.5)/n))))
             edges.append(edges[-1]+width/n)
         ends.append(edges[-1])
     return np.stack(cols, 1),edges,ends

@@ -8,7 +8,7 @@ or a statistic, or the training that follows would be another one. Modules of th
 
 # %% auto #0
 __all__ = ['tensors_of', 'base_dl', 'n_inputs', 'one_input', 'copy_dl', 'all_rows_dl', 'check_loader', 'some_batches',
-           'evaluating', 'rehearsing', 'looking', 'unmoved', 'batch_loss', 'leave_gradient', 'sum_sq',
+           'evaluating', 'rehearsing', 'looking', 'unmoved', 'batch_pred', 'batch_loss', 'leave_gradient', 'sum_sq',
            'gradient_ratios']
 
 # %% ../nbs/05a_probe.ipynb #ee550ef3
@@ -149,19 +149,27 @@ def unmoved(
             for p,o in old: p.copy_(o)
 
 # %% ../nbs/05a_probe.ipynb #e5f1fc99
-def batch_loss(
+def batch_pred(
     learn, # A `Learner`
     b, # A batch of its data, on the model's device
-)->Tensor: # One number, with a graph
-    "The loss of batch `b`, with what the learner's callbacks make of the model's output"
+)->tuple: # The output, with a graph, and the tuple of targets
+    "What the learner's callbacks make of the model's output for batch `b`, and of its targets"
     n,old = n_inputs(learn.dls, b),{k:getattr(learn, k, None) for k in ('xb','yb','pred')}
     learn.xb,learn.yb,learn.pred = b[:n],b[n:],learn.model(*b[:n])
     try:
         for cb in learn.cbs.sorted('order'):
             if 'after_pred' in dir(cb): cb('after_pred')
-        return learn.loss_func(learn.pred, *learn.yb)
+        return learn.pred,learn.yb
     finally:
         for k,v in old.items(): setattr(learn, k, v)
+
+def batch_loss(
+    learn, # A `Learner`
+    b, # A batch of its data, on the model's device
+)->Tensor: # One number, with a graph
+    "The loss of batch `b`, with what the learner's callbacks make of the model's output"
+    pred,yb = batch_pred(learn, b)
+    return learn.loss_func(pred, *yb)
 
 # %% ../nbs/05a_probe.ipynb #841b0be8
 def leave_gradient(

@@ -1,12 +1,15 @@
-"`auto`: its evidence changes nothing, and what it makes of it"
+"`auto`: what it tries changes nothing, what it makes of it, and where it ends"
+import math
 from copy import deepcopy
 
 import numpy as np,pytest,torch
 from torch import nn
-from fastai.vision.all import accuracy,Adam,Callback,CrossEntropyLossFlat,error_rate,Learner,set_seed
+from fastai.vision.all import accuracy,Adam,Callback,CrossEntropyLossFlat,error_rate,Learner,mse,set_seed
 
 from fastai_discriminative.all import *
-from fastai_discriminative import auto as st,phases as ph
+from fastai_discriminative import auto as at,phases as ph
+from fastai_discriminative.points import Point,pick_point
+from fastai_discriminative.probe import some_batches
 from helpers import *
 from helpers import pre_ours as ours
 
@@ -14,6 +17,13 @@ k = ph._cached_per_epoch # epochs of a head on cached features
 
 @pytest.fixture
 def dls(bright): return bright_dls(bright)
+
+def measured(learn, preset, n_epoch):
+    "What `auto` measures on `learn` outside of a fit"
+    learn.strategy_run,learn.best_point = None,Point('head', 1., .5, [])
+    learn.best_point.points,learn.best_point.monitor = [],'accuracy'
+    try: return at._AutoRates(preset, n_epoch)._measure(learn)
+    finally: del learn.strategy_run,learn.best_point
 
 # ---- what it does
 
@@ -23,7 +33,7 @@ def test_nothing_pretrained_everything_new(dls):
     learn.fit_strategy('auto', 2, cbs=spy)
     assert spy.frozen==[0,0] and len(set(spy.lrs[3]))==1 and max(map(max, spy.lrs))==pytest.approx(learn.preset.scaled(8).head_lr, rel=.05)
 
-def test_nan_ends_the_fit_with_the_best_weights(dls, monkeypatch):
+def test_nan_ends_the_fit_with_the_best_weights(dls):
     class Blow(Callback):
         def after_pred(self):
             if self.training and self.epoch>=k: self.learn.pred = self.pred*float('nan')
@@ -33,36 +43,76 @@ def test_nan_ends_the_fit_with_the_best_weights(dls, monkeypatch):
     probe = float(learn.recorder.values[k-1][-1])
     assert learn.validate()[-1]==pytest.approx(probe)
 
-def test_auto_goes_back_and_slows_down(dls, monkeypatch):
-    monkeypatch.setattr(st._AutoRates, '_top', lambda self, groups: np.full(len(groups), 3.))
-    monkeypatch.setattr(st._AutoRates, '_is_worse', lambda self, learn: True)
-    learn,spy = ours(dls),Spy()
-    learn.fit_strategy('auto', 3, cbs=spy)
-    assert learn.auto_evidence.history[0]==k and learn.auto_evidence.lrs[0]<3.
-    assert 'went back' in repr(learn.auto_evidence)
-
-def test_a_short_training_is_not_spent_on_evidence(dls):
+def test_a_short_fit_tries_nothing_and_says_so(dls):
     learn = ours(dls)
     learn.fit_strategy('auto', 1)
-    assert not learn.auto_evidence.trial and 'not tried' in repr(learn.auto_evidence)
-    learn.fit_strategy('auto', 20)
-    assert list(learn.auto_evidence.trial)==list(st._shares)
+    e = learn.auto_evidence
+    assert not e.trials and 'too short for trials' in repr(e) and e.lrs
+    assert [p.name for p in e.points]==['head','end','average','halfway']
 
-def test_worse_means_worse_by_more_than_chance(dls):
-    learn,seen = ours(dls),[]
-    class Look(Callback):
-        order = 62
-        def after_epoch(self): seen.append((st._AutoRates(None, 1)._is_worse(self.learn), float(self.recorder.values[-1][-1]), self.learn.keep_best.value))
-    learn.fit_strategy('auto', 2, cbs=Look())
-    assert not any(w for w,now,best in seen if now==best)
+def long(dls): return math.ceil(4*1.5*at._most_trials/at._trial_share/len(dls.train))+1
+
+def test_a_longer_one_tries_rates_and_stays_within_its_share(dls):
+    learn,n = ours(dls),long(dls)
+    learn.fit_strategy('auto', n)
+    e = learn.auto_evidence
+    assert 2<=len(e.trials)<=at._most_trials and len(set(t.lr for t in e.trials))==len(e.trials)
+    assert len(e.trials)*1.5*at._trial_steps(n*len(dls.train))<=at._trial_share*n*len(dls.train)
+    fine = [t.lr for t in e.trials if t.damage<=e.bearable]
+    assert e.lrs[-1]==pytest.approx(max(fine)*at._longer(n*len(dls.train))) and e.lrs==sorted(e.lrs)
+
+def test_a_body_that_bears_nothing_stays_as_it_is(dls, monkeypatch):
+    monkeypatch.setattr(at, '_bearable', lambda n: -math.inf)
+    learn,start = ours(dls),None
+    start = weights(learn)
+    learn.fit_strategy('auto', long(dls))
+    e = learn.auto_evidence
+    assert not e.lrs and 'ruins more' in repr(e) and 'none: the body stays' in repr(e)
+    assert all(n.startswith('1.') or n.endswith('num_batches_tracked') for n in changed(learn, start))
+    assert len(learn.recorder.values)==k # the epoch that was given up has no row
+
+def test_damage_is_0_for_nothing_and_1_for_everything(dls):
+    learn = ours(dls)
+    learn.fit_strategy('feature_extraction', 1)
+    learn.unfreeze()
+    start,chance = at._seen(learn, batches := some_batches(learn, 1, 1))
+    assert start<chance
+    state = deepcopy(learn.model.state_dict())
+    with torch.no_grad():
+        for p in learn.model.parameters(): p.copy_(torch.randn_like(p))
+    ruined = at._seen(learn, batches)[0]
+    assert ruined>start+.5*(chance-start)
+    learn.model.load_state_dict(state)
+    assert at._seen(learn, batches)[0]==start
+
+def test_higher_rates_in_short_cycles_do_more_damage(dls):
+    learn = ours(dls)
+    learn.fit_strategy('feature_extraction', 2)
+    learn.unfreeze()
+    learn.true_freeze.train_norm = 'running'
+    train,valid,res = some_batches(learn, 4),some_batches(learn, 2, 1),[]
+    for lr in (1e-6,1e-1):
+        with at._put_back(learn):
+            at._cycle(learn, [lr]*len(learn.layer_groups), train)
+            res.append(at._seen(learn, valid)[0])
+    assert res[0]==pytest.approx(at._seen(learn, valid)[0], rel=.05) and res[1]>1.2*res[0]
+
+@pytest.mark.parametrize('n_steps,bearable,longer,steps', [(18,.05,1.,0), (72,.2,1.,1), (180,.5,1.,4), (1000,.5,.5**.3,16), (10**6,.5,(500/10**6)**.3,16)])
+def test_what_the_length_of_a_fit_decides(n_steps, bearable, longer, steps):
+    assert (at._bearable(n_steps),at._longer(n_steps),at._trial_steps(n_steps))==pytest.approx((bearable,longer,steps))
 
 def test_monitor_and_direction(dls):
     learn = ours(dls, metrics=[accuracy,error_rate])
     learn.fit_strategy('auto', 1, monitor='error_rate')
     assert learn.auto_evidence.monitor=='error_rate'
     learn.fit_strategy('auto', 1, monitor='accuracy', comp=np.less) # somebody who wants the worst
-    rows = [float(v[2]) for v in learn.recorder.values]
-    assert rows[-1]==min(rows[k-1:])
+    ps = learn.auto_evidence.points
+    assert float(learn.recorder.values[-1][2])<=ps[0].value
+
+def test_a_picture_measures_nothing(dls):
+    learn = ours(dls)
+    learn.plot_strategy('auto', 5)
+    assert not hasattr(learn, 'auto_evidence')
 
 # ---- evidence changes nothing
 
@@ -72,12 +122,13 @@ def test_looking_changes_nothing(dls, arch, opt_func):
     learn = ours(dls, arch, opt_func=opt_func)
     learn.unfreeze()
     learn.fit_one_cycle(1, 1e-4)
+    learn.model.zero_grad(set_to_none=False)
     start,rng,grads = weights(learn),torch.get_rng_state(),{n:p.grad for n,p in learn.model.named_parameters()}
     modes,order = [m.training for m in learn.model.modules()],dls.train.rng.getstate()
     moments = deepcopy(learn.opt.state_dict())
     ratios = learn.grad_ratios()
-    st._AutoRates(learn.preset, 30)._measure(learn)
-    assert learn.auto_evidence.trial
+    measured(learn, learn.preset, 60)
+    assert learn.auto_evidence.trials
     assert len(ratios)==len(learn.layer_groups) and all(r>0 for r in ratios)
     assert same(start, weights(learn)) and torch.equal(rng, torch.get_rng_state()) and dls.train.rng.getstate()==order
     assert [m.training for m in learn.model.modules()]==modes
@@ -85,13 +136,27 @@ def test_looking_changes_nothing(dls, arch, opt_func):
     assert str(moments)==str(learn.opt.state_dict())
     assert learn.grad_ratios()==ratios
 
-def test_a_model_that_cannot_be_looked_at(dls, monkeypatch):
+def test_a_model_that_cannot_be_tried(dls, monkeypatch):
     def _fails(*args): raise RuntimeError('no way')
-    monkeypatch.setattr(st, '_trial', _fails)
+    monkeypatch.setattr(at, '_cycle', _fails)
     learn = ours(dls)
     start = weights(learn)
-    with pytest.warns(UserWarning, match='cautious rates. RuntimeError: no way'): learn.fit_strategy('auto', 20)
-    assert not learn.auto_evidence.trial and not same(start, weights(learn))
+    with pytest.warns(UserWarning, match='could not try rates.*RuntimeError: no way'): learn.fit_strategy('auto', long(dls))
+    assert not learn.auto_evidence.trials and not same(start, weights(learn))
+
+def test_a_trial_that_is_not_finite_is_out_and_the_rest_goes_on(dls, monkeypatch):
+    stock,n = at._cycle,[]
+    def _first_blows(learn, lrs, batches):
+        stock(learn, lrs, batches)
+        n.append(1)
+        if len(n)==1:
+            with torch.no_grad():
+                for p in learn.model.parameters(): p.fill_(float('nan'))
+    monkeypatch.setattr(at, '_cycle', _first_blows)
+    learn = ours(dls)
+    learn.fit_strategy('auto', long(dls))
+    e = learn.auto_evidence
+    assert e.trials[0].damage==math.inf and e.trials[1].lr<e.trials[0].lr and math.isfinite(e.trials[1].damage) and e.lrs
 
 def test_a_model_whose_output_a_callback_unpacks(dls):
     class Pair(nn.Module):
@@ -104,32 +169,8 @@ def test_a_model_whose_output_a_callback_unpacks(dls):
     set_seed(0)
     learn = quiet(Learner(dls, Pair(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=First()))
     learn.fit_strategy('surgical', 1)
-    learn.fit_strategy('auto', 20)
-    assert learn.auto_evidence.trial
-
-def test_shift_of_norm_statistics(dls):
-    learn = ours(dls)
-    xb = dls.train.one_batch()[:1]
-    before = st._norm_shifts(learn, xb)
-    n,(m,mean) = next(iter(st._norm_means(learn, xb).items())) # later layers see what the first makes of it
-    m.running_mean.copy_(mean)
-    after = st._norm_shifts(learn, xb)
-    assert after[n]<1e-4<before[n]
-
-def test_statistics_of_batches_where_the_running_ones_are_nonsense(dls):
-    learn = ours(dls)
-    learn.fit_strategy('feature_extraction', 1)
-    batches = st.some_batches(learn, 1, 1)
-    assert not st._batch_stats_win(ours(dls, 'test_vit'), batches)
-    for m in learn.model[0].modules():
-        if isinstance(m, nn.BatchNorm2d): m.running_mean.fill_(100.)
-    start = weights(learn)
-    learn.model.eval()
-    assert st._batch_stats_win(learn, batches) in (True,False) and same(start, weights(learn)) and not learn.model.training
-
-@pytest.mark.parametrize('losses,share', [([1,1,1,1,1],1.), ([1,.9,.8,2.3,3],.6), ([1,.9,9,.5,.5],.1), ([1,9,9,9,9],.1), ([4,1,.4,.5,1.1],1.),
-    ([4,1,.3,1,1],.3), ([1,1,1,1,float('nan')],.6)])
-def test_share_of_a_step(losses, share): assert st._pick_share(losses)==share
+    learn.fit_strategy('auto', long(dls))
+    assert learn.auto_evidence.trials
 
 # ---- mistakes
 

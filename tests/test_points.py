@@ -1,0 +1,125 @@
+"Averaged weights, the loss at the best temperature, and the choice between points"
+import math
+
+import numpy as np,pytest,torch
+from torch import nn
+from fastai.vision.all import accuracy,Callback,CrossEntropyLossFlat,BCEWithLogitsLossFlat,error_rate,MSELossFlat
+
+from fastai_discriminative.all import *
+from fastai_discriminative import phases as ph
+from fastai_discriminative.points import *
+from helpers import *
+from helpers import pre_ours as ours
+
+k = ph._cached_per_epoch
+
+@pytest.fixture
+def dls(bright): return bright_dls(bright)
+
+def head_then(lr, norm='running'):
+    return Strategy('head, then all', lambda n,preset,groups: [Phase(k, preset, frozen=-1, cached=True), Phase(n, lr, train_norm=norm)], keep_best=BestPoint)
+
+class Look(Callback):
+    "What `BestPoint` knows when the fit is over"
+    order = 70
+    def after_fit(self): self.best = self.learn.best_point
+
+# ---- averages
+
+def test_the_average_is_the_exponential_one():
+    m = nn.Linear(3, 2)
+    avg,want = WeightAverage(m, 40),m.weight.detach().clone()
+    for i in range(1, 60):
+        with torch.no_grad(): m.weight.add_(torch.randn_like(m.weight))
+        avg.update()
+        d = min(.9, i/(10+i))
+        want = d*want+(1-d)*m.weight.detach()
+    torch.testing.assert_close(avg.mean[0], want)
+
+def test_the_average_holds_statistics_and_leaves_counts_alone():
+    m = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    avg = WeightAverage(m, 8)
+    m(torch.randn(8, 3, 8, 8)*5+3)
+    live = m[1].running_mean.clone()
+    avg.update()
+    avg.apply()
+    assert not torch.equal(m[1].running_mean, live) and m[1].num_batches_tracked==1
+    start = [torch.zeros_like(t) for t in avg.mean]
+    avg.apply(start, .25)
+    torch.testing.assert_close(m[0].weight.detach(), .25*avg.mean[0])
+
+@pytest.mark.parametrize('n_steps', [0,1,4,5,10**6])
+def test_any_number_of_steps(n_steps): assert 0<=WeightAverage(nn.Linear(1,1), n_steps).decay<1
+
+# ---- losses and choice
+
+def test_temperature_changes_nothing_else():
+    torch.manual_seed(0)
+    x,y = torch.randn(300, 4),torch.randint(0, 4, (300,))
+    x[range(300),y] += 1
+    assert tempered_loss(x, y)==pytest.approx(tempered_loss(x*4, y), rel=1e-5)
+    assert tempered_loss(x, y)<=nn.functional.cross_entropy(x, y).item()+1e-6
+    assert tempered_loss(x, y)<tempered_loss(x.roll(1, 0), y)<=math.log(4)+.01
+
+def test_what_has_classes():
+    x,y = torch.randn(4,3),torch.zeros(4).long()
+    assert has_classes(CrossEntropyLossFlat(), x, (y,)) and has_classes(nn.CrossEntropyLoss(), x, (y,))
+    assert not has_classes(MSELossFlat(), x, (y,)) and not has_classes(BCEWithLogitsLossFlat(), x, (x,))
+    assert not has_classes(CrossEntropyLossFlat(), torch.randn(4,3,5,5), (torch.zeros(4,5,5).long(),))
+
+def _point(name, loss, value): return Point(name, loss, value, [])
+
+@pytest.mark.parametrize('points,comp,want', [
+    ([('head',1.,.7),('end',.9,.7),('average',.8,.69)], np.greater, 'end'),
+    ([('head',1.,.3),('end',.9,.31),('average',.8,.3)], np.less, 'average'),
+    ([('head',1.,.7),('end',1.,.9)], np.greater, 'head'),
+    ([('head',1.,.7),('end',math.nan,.9),('average',math.inf,.9),('halfway',.9,math.nan)], np.greater, 'head')])
+def test_the_lowest_loss_that_is_not_worse_than_the_head(points, comp, want): assert pick_point([_point(*o) for o in points], comp).name==want
+
+def test_nothing_finite(): assert pick_point([_point('end', math.nan, 1.)], np.greater) is None
+
+# ---- in a fit
+
+@pytest.mark.parametrize('lr', [1e-4,3.])
+def test_the_fit_ends_with_the_point_that_was_picked(dls, lr):
+    learn,look = ours(dls),Look()
+    learn.fit_strategy(head_then(lr), 3, cbs=look)
+    ps = look.best.points
+    assert [p.name for p in ps]==['head','end','average','halfway']
+    best = pick_point(ps, np.greater)
+    assert [float(o) for o in learn.recorder.values[-1]]==pytest.approx([float(o) for o in best.row])
+    assert len(learn.recorder.values)==k+3+(best.name!='end')==len(learn.recorder.iters)
+    if lr==3.: assert best.name!='end'
+    assert best.value>=ps[0].value
+    assert list(map(float, learn.validate()))==pytest.approx(list(map(float, best.row[1:])), rel=1e-4)
+
+def test_points_are_what_they_are_called(dls):
+    learn,look,seen = ours(dls),Look(),{}
+    class Keep(Callback):
+        order = 80
+        def before_batch(self):
+            if self.training and self.epoch==k and 'head' not in seen: seen['head'] = weights(self.learn)
+    learn.fit_strategy(head_then(1e-3), 2, cbs=[look, Keep()])
+    live = {id(t):n for n,t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
+    for t,s in zip(look.best.average.live, look.best.start): assert torch.equal(s, seen['head'][live[id(t)]])
+
+@pytest.mark.parametrize('norm,moves', [('running',False), ('group',True)])
+def test_statistics_are_taken_anew_where_they_moved(dls, norm, moves):
+    learn,look = ours(dls),Look()
+    learn.fit_strategy(head_then(1e-3, norm), 2, cbs=look)
+    assert look.best._moving==moves
+
+def test_an_interrupt_leaves_the_best_epoch(dls):
+    class Stop(Callback):
+        def before_batch(self):
+            if self.training and self.epoch==k+1: raise KeyboardInterrupt
+    learn = ours(dls)
+    with pytest.raises(KeyboardInterrupt): learn.fit_strategy(head_then(3.), 3, cbs=Stop())
+    best = max(float(v[-1]) for v in learn.recorder.values[k-1:])
+    assert learn.validate()[-1]==pytest.approx(best)
+
+def test_a_strategy_of_one_phase_keeps_the_best_epoch(dls):
+    learn = ours(dls)
+    learn.fit_strategy(Strategy('one', lambda n,p,g: [Phase(n, 1e-3)], keep_best=BestPoint), 3)
+    best = max(float(v[-1]) for v in learn.recorder.values)
+    assert learn.validate()[-1]==pytest.approx(best)
