@@ -1142,6 +1142,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_discriminative/presets.py'),
                                                'fastai_discriminative.presets.RateLaw.at': ( 'presets.html#ratelaw.at',
                                                                                              'fastai_discriminative/presets.py'),
+                                               'fastai_discriminative.presets.RateLaw.far': ( 'presets.html#ratelaw.far',
+                                                                                              'fastai_discriminative/presets.py'),
                                                'fastai_discriminative.presets.RateLaw.short': ( 'presets.html#ratelaw.short',
                                                                                                 'fastai_discriminative/presets.py'),
                                                'fastai_discriminative.presets._arch_has_batch_norm': ( 'presets.html#_arch_has_batch_norm',

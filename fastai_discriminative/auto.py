@@ -81,7 +81,7 @@ class AutoEvidence:
     def _repr_html_(self): return ''.join(f'<pre>{o}</pre>' if i else f'<p>{o}</p>' for i,o in enumerate(self._text()) if o)
 
 # %% ../nbs/08a_auto.ipynb #b49fedcd
-def _bearable(n_steps): return min(.5, n_steps/360)
+def _bearable(n_steps): return min(.35, n_steps/500)
 def _longer(n_steps): return min(1., (500/n_steps)**.3)
 
 _trial_share,_most_trials,_most_steps = .15,4,16 # of the steps; a validation costs about half as much as the steps before it
@@ -122,17 +122,27 @@ class _AutoRates:
             hi = min(hi*10**.5, self.preset.head_lr) if fine[-1] else hi/10**.5
         return res
 
+# %% ../nbs/08a_auto.ipynb #7237f775
+def _highest(trials, bearable):
+    "The highest rate that costs no more than `bearable`, between the `trials` if need be; `None` if all cost more"
+    fine,bad = [t for t in trials if t.damage<=bearable],[t for t in trials if t.damage>bearable]
+    if not fine: return None
+    a,b = max(fine, key=lambda t: t.lr),min(bad, key=lambda t: t.lr, default=None)
+    return a.lr*(b.lr/a.lr)**((bearable-a.damage)/(min(b.damage, 1.)-a.damage)) if b else a.lr
+
 # %% ../nbs/08a_auto.ipynb #499754ad
 @patch
 def _measure(self:_AutoRates, learn):
     "Try some rates; those that follow, or `[]` if the body cannot bear any"
-    n_steps = fit_case(learn, n_epoch=self.n_epoch).n_steps
+    case = fit_case(learn, n_epoch=self.n_epoch)
+    n_steps = case.n_steps
     trials,hi,why = [],self.preset.lr_high/3,f"The fit is too short for trials ({n_steps} steps), so it takes a third of the preset's rate."
     try:
         if _trial_steps(n_steps)>=4:
             trials = self._search(learn, n_steps)
-            hi = max([t.lr for t in trials if t.damage<=_bearable(n_steps)], default=0)*_longer(n_steps)
-            why = f"This is the highest rate whose damage a fit of {n_steps} steps can repair." if hi else "Every rate that was tried ruins more than a fit of this length can repair."
+            hi,far = _highest(trials, _bearable(n_steps)) or 0,law.far(case.size) if (law := self.preset.law) else 1.5
+            why = f"A fit of {n_steps} steps can repair what {hi:.2g} costs; of this, {far/3:.0%} for the size of the images." if hi else "Every rate that was tried ruins more than a fit of this length can repair."
+            hi *= far/3*_longer(n_steps)
     except Exception as e: why = f"It could not try rates on this model, so it takes a third of the preset's. {type(e).__name__}: {e}"
     if 'could not' in why: warnings.warn(f'`auto`: {why}')
     lrs,kb = self.at(hi, learn.splitter.find(learn.model)) if hi else [],learn.best_point

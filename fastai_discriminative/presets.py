@@ -100,8 +100,14 @@ class RateLaw:
 
     @property
     def short(self)->float:
-        "The rate at 180 to 500 steps, at the checkpoint's image size: half of what was borne by EfficientNet-Lite0, with BatchNorm, or a ViT-S/14, without"
-        return 7e-4 if has_batch_norm(self.batch_norm) else 1e-4
+        "The rate at 180 to 500 steps, at the checkpoint's image size: from EfficientNet-Lite0, with BatchNorm, or a ViT-S/14, without"
+        return 4.7e-4 if has_batch_norm(self.batch_norm) else 7e-5
+
+    def far(self,
+        size:int|None # Shorter side of the images in pixels
+    )->float: # 1 at the checkpoint's size and above, 3 at a third of it and below; 1 where a size is not known
+        "How much smaller images are than the checkpoint's"
+        return min(3., max(1., self.px/size)) if self.px and size else 1.
 
     def at(self,
         n_steps:int, # Steps of the optimiser
@@ -110,10 +116,10 @@ class RateLaw:
         "The rate for a fit of `n_steps` on images of `size`"
         n = max(1, n_steps)
         if n>=self.long_steps: return self.long
-        far = min(2., max(1., self.px/size))**.5 if self.px and size else 1.
-        if n<=500: return self.short*far*min(1., n/180)
+        short = self.short*self.far(size)
+        if n<=500: return short*min(1., n/180)
         way = math.log(n/500)/math.log(self.long_steps/500)
-        return (self.short*far)**(1-way)*self.long**way
+        return short**(1-way)*self.long**way
 
 # %% ../nbs/03_presets.ipynb #c73fe777
 def _positive(name, v):
