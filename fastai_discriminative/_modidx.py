@@ -1128,6 +1128,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastai_discriminative/presets.py'),
                                                'fastai_discriminative.presets.Preset.head_lr': ( 'presets.html#preset.head_lr',
                                                                                                  'fastai_discriminative/presets.py'),
+                                               'fastai_discriminative.presets.Preset.is_lawful': ( 'presets.html#preset.is_lawful',
+                                                                                                   'fastai_discriminative/presets.py'),
                                                'fastai_discriminative.presets.Preset.lrs': ( 'presets.html#preset.lrs',
                                                                                              'fastai_discriminative/presets.py'),
                                                'fastai_discriminative.presets.Preset.ratio': ( 'presets.html#preset.ratio',

@@ -26,7 +26,7 @@ def _cmd_groups(a): print(_groups_of(a.arch, a.n_groups))
 def _cmd_preset(a):
     from fastai_discriminative.all import preset_for
     from fastai_discriminative.core import text_table
-    preset,groups = preset_for(a.arch, bs=a.bs, optimizer=a.optimizer),_groups_of(a.arch)
+    preset,groups = preset_for(a.arch, bs=a.bs, n_steps=a.n_steps, size=a.size, optimizer=a.optimizer),_groups_of(a.arch)
     print(preset, f'\n{preset.note}\n')
     print(text_table(('group','depth','lr'), [(g.name, f'{g.depth:.2f}', f'{lr:.2g}') for g,lr in zip(groups, preset.lrs(groups))]))
     rows = preset.recipes()
@@ -269,9 +269,9 @@ def _parser():
         p.set_defaults(f=f)
         return p
     p = _new('demo', _cmd_demo, "fine-tune EfficientNet-Lite0 on real images, against fastai's fine_tune", "Fine-tune EfficientNet-Lite0, with its ImageNet weights, on real images with the strategy auto, and "
-        "with fastai's own fine_tune for comparison. Needs no network, about two minutes on two cores, and the extra `demo` of this package.")
+        "with fastai's own fine_tune for comparison. Needs no network, some minutes on two cores, and the extra `demo` of this package.")
     p.add_argument('--data', choices=('clipart','elpv'), default='clipart', help='drawings in 12 classes, or photographs of solar cells in 4 (default: %(default)s)')
-    _add_training(p, 64, 1, 'discriminative-demo', 600)
+    _add_training(p, 128, 1, 'discriminative-demo', 600)
     _add_finetune(sub, _new)
     p = _new('groups', _cmd_groups, 'print the layer groups of a timm architecture')
     p.add_argument('arch', metavar='ARCH', help='timm architecture, such as convnext_tiny')
@@ -279,6 +279,8 @@ def _parser():
     p = _new('preset', _cmd_preset, 'print the learning rates for a timm architecture, and where they come from')
     p.add_argument('arch', metavar='ARCH', help='timm architecture, best with its pretrained tag: vit_base_patch16_224.mae')
     p.add_argument('--bs', type=_count, default=64, help='batch size (default: %(default)s)')
+    p.add_argument('--n-steps', type=_count, metavar='N', help="steps of your fit, epochs x images / batch size (default: the recipes' own)")
+    p.add_argument('--size', type=_count, help="height and width of your images in pixels (default: the checkpoint's)")
     p.add_argument('--optimizer', choices=('adamw','sgd'), default='adamw', help='units of the rates (default: %(default)s)')
     _new('families', _cmd_families, 'print every family of architectures: how it is split, at which rates, and what was proved')
     return ap

@@ -311,7 +311,7 @@ def _plan(learn, strategy, n_epoch, cbs=None):
         return phases
     if learn.preset is None: raise PresetError(f"No preset is known in the units of {learn.opt_func}, and {strategy.name!r} needs one. Use `learn.split(fused=True)` for AdamW, or a list of `Phase` with rates.")
     preset = _check_units(learn.preset, learn.opt_func).scaled(*fit_case(learn, cbs, n_epoch))
-    if not getattr(learn, 'pretrained', True): preset = replace(preset, lr_low=preset.head_lr, lr_high=preset.head_lr, head_mult=1., regime='random', law=None)
+    if not getattr(learn, 'pretrained', True): preset = replace(preset, lr_low=preset.head_lr, lr_high=preset.head_lr, head_mult=1., regime='random')
     phases = _check_phases(strategy.phases(_n_epochs(n_epoch), preset, groups), groups)
     return [replace(p, frozen=min(p.frozen%len(groups), groups.n_body)) if p.frozen else p for p in phases] # what is new always trains
 

@@ -208,6 +208,13 @@ def lrs(
 
 # %% ../nbs/03_presets.ipynb #6732f4fc
 @patch
+def is_lawful(self:Preset)->bool: # `False` without a law, or where somebody has put in rates of their own
+    "Are the rates those that `law` gives?"
+    if self.law is None: return False
+    base = self.law.long if self.n_steps is None else self.law.at(self.n_steps, self.size)
+    return math.isclose(_scale(base, 64, self.bs, self.optimizer), self.lr_high, rel_tol=1e-6)
+
+@patch
 def scaled(
     self:Preset,
     bs:float, # Batch size of one process
@@ -220,7 +227,7 @@ def scaled(
     eff = math.prod(_positive(k, v) for k,v in (('bs',bs), ('accum',accum), ('world_size',world_size)))
     hi,head = (_scale(o, self.bs, eff, self.optimizer) for o in (self.lr_high, self.head_lr))
     case = {k:_positive(k, v) for k,v in dict(n_steps=n_steps, size=size).items() if v is not None}
-    if self.law and n_steps is not None: hi,head = _scale(self.law.at(*case.values()), 64, eff, self.optimizer),head
+    if self.is_lawful() and n_steps is not None: hi,head = _scale(self.law.at(*case.values()), 64, eff, self.optimizer),head
     else: case,head = {},hi*self.head_mult
     return replace(self, lr_low=hi*self.ratio, lr_high=hi, head_mult=max(1., head/hi), bs=eff, **case)
 

@@ -113,7 +113,7 @@ def test_help_imports_nothing_heavy(tmp_path):
 @pytest.mark.skipif(os.name=='nt', reason='no SIGINT to another process')
 def test_interrupt(tmp_path):
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL) # a shell that starts the tests in the background has SIGINT ignored, and children inherit it
-    p = subprocess.Popen([*_cmd, 'demo', '--quiet'], cwd=tmp_path, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    p = subprocess.Popen([*_cmd, 'demo', '--quiet', '--size', '64'], cwd=tmp_path, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while 'seed 42' not in (line := p.stdout.readline()): assert line, p.stderr.read()
     time.sleep(1)
     p.send_signal(signal.SIGINT)

@@ -1,5 +1,6 @@
 "Presets: every architecture and checkpoint, the published layer-decay tables and timm as oracles, scaling, and bad input"
 import csv,importlib.util,math,pickle,re,time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,7 +308,11 @@ def test_small_images_want_more():
 
 def test_rates_without_a_law_stay():
     p = Preset(1e-6, 1e-4)
-    assert p.scaled(64, n_steps=100, size=64)==p
+    assert p.scaled(64, n_steps=100, size=64)==p and not p.is_lawful()
+    for q in (preset_for('resnet18'), preset_for('resnet18', bs=16, n_steps=200, size=64)):
+        assert q.is_lawful() and q.scaled(8).is_lawful()
+        mine = replace(q, lr_low=1e-5, lr_high=2e-4, head_mult=3.)
+        assert not mine.is_lawful() and mine.scaled(q.bs, n_steps=1000).lr_high==pytest.approx(2e-4)
     for q in (preset_for('resnet18', regime='random'), preset_for('resnetv2_50x1_bit.goog_in21k', optimizer='sgd')): assert q.law is None and q.scaled(64, n_steps=100)==q
 
 @pytest.mark.parametrize('bad', [0, -3, math.nan, math.inf, 'many'])
