@@ -136,14 +136,14 @@ def _measure(self:_AutoRates, learn):
     "Try some rates; those that follow, or `[]` if the body cannot bear any"
     case = fit_case(learn, n_epoch=self.n_epoch)
     n_steps = case.n_steps
-    trials,hi,why = [],self.preset.lr_high/3,f"The fit is too short for trials ({n_steps} steps), so it takes a third of the preset's rate."
+    trials,hi,why = [],self.preset.lr_high,f"The fit is too short for trials ({n_steps} steps), so it takes the preset's rate."
     try:
         if _trial_steps(n_steps)>=4:
             trials = self._search(learn, n_steps)
             hi,far = _highest(trials, _bearable(n_steps)) or 0,law.far(case.size) if (law := self.preset.law) else 1.5
             why = f"A fit of {n_steps} steps can repair what {hi:.2g} costs; of this, {far/3:.0%} for the size of the images." if hi else "Every rate that was tried ruins more than a fit of this length can repair."
             hi *= far/3*_longer(n_steps)
-    except Exception as e: why = f"It could not try rates on this model, so it takes a third of the preset's. {type(e).__name__}: {e}"
+    except Exception as e: why = f"It could not try rates on this model, so it takes the preset's. {type(e).__name__}: {e}"
     if 'could not' in why: warnings.warn(f'`auto`: {why}')
     lrs,kb = self.at(hi, learn.splitter.find(learn.model)) if hi else [],learn.best_point
     learn.auto_evidence = AutoEvidence(kb.value, kb.monitor, trials, _bearable(n_steps), lrs, learn.splitter.find(learn.model).names, why, kb.points)

@@ -97,11 +97,12 @@ class RateLaw:
     long_steps:float # Steps of the recipes
     px:int|None=None # The checkpoint's image size in pixels, where it is known
     batch_norm:bool|str=True # Has the body BatchNorm? Or the architecture that tells
+    ratio:float=1. # End-to-end ratio of the recipes
 
     @property
     def short(self)->float:
         "The rate at 180 to 500 steps, at the checkpoint's image size: from EfficientNet-Lite0, with BatchNorm, or a ViT-S/14, without"
-        return 4.7e-4 if has_batch_norm(self.batch_norm) else 7e-5
+        return 1.6e-4 if has_batch_norm(self.batch_norm) else 2.3e-5
 
     def far(self,
         size:int|None # Shorter side of the images in pixels
@@ -114,12 +115,19 @@ class RateLaw:
         size:int|None=None # Shorter side of the images in pixels
     )->float: # Peak learning rate
         "The rate for a fit of `n_steps` on images of `size`"
-        n = max(1, n_steps)
-        if n>=self.long_steps: return self.long
-        short = self.short*self.far(size)
-        if n<=500: return short*min(1., n/180)
-        way = math.log(n/500)/math.log(self.long_steps/500)
-        return short**(1-way)*self.long**way
+        return (self.short*self.far(size)*min(1., n_steps/180))**(1-self.way(n_steps))*self.long**self.way(n_steps)
+
+    def ratio_at(self,
+        n_steps:int # Steps of the optimiser
+    )->float: # In (0,1]
+        "The end-to-end ratio for a fit of `n_steps`: at most a tenth in a short one"
+        return min(.1, self.ratio)**(1-self.way(n_steps))*self.ratio**self.way(n_steps)
+
+    def way(self,
+        n_steps:int # Steps of the optimiser
+    )->float: # 0 for 500 steps and fewer, 1 at the length of the recipes and above
+        "How far a fit of `n_steps` is on its way to the recipes, in logarithms"
+        return min(1., max(0., math.log(max(1, n_steps)/500)/math.log(self.long_steps/500)))
 
 # %% ../nbs/03_presets.ipynb #c73fe777
 def _positive(name, v):
@@ -227,9 +235,9 @@ def scaled(
     eff = math.prod(_positive(k, v) for k,v in (('bs',bs), ('accum',accum), ('world_size',world_size)))
     hi,head = (_scale(o, self.bs, eff, self.optimizer) for o in (self.lr_high, self.head_lr))
     case = {k:_positive(k, v) for k,v in dict(n_steps=n_steps, size=size).items() if v is not None}
-    if self.is_lawful() and n_steps is not None: hi,head = _scale(self.law.at(*case.values()), 64, eff, self.optimizer),head
-    else: case,head = {},hi*self.head_mult
-    return replace(self, lr_low=hi*self.ratio, lr_high=hi, head_mult=max(1., head/hi), bs=eff, **case)
+    if not (self.is_lawful() and n_steps is not None): return replace(self, lr_low=hi*self.ratio, lr_high=hi, bs=eff)
+    hi = _scale(self.law.at(*case.values()), 64, eff, self.optimizer)
+    return replace(self, lr_low=hi*self.law.ratio_at(n_steps), lr_high=hi, head_mult=max(1., head/hi), bs=eff, **case)
 
 # %% ../nbs/03_presets.ipynb #3dfb2b47
 def _geomean(o): return math.exp(sum(map(math.log, o))/len(o))
@@ -353,7 +361,7 @@ def _law(p, what):
     "How the rates of preset `p` go with steps and image size; `None` in units and regimes in which nothing was measured"
     if p.optimizer!='adamw' or p.regime in ('random','lm'): return None
     steps = [n for i in p.sources if (n := _table()[i]['steps'])]
-    return RateLaw(p.lr_high, max(1e4, _geomean(steps) if steps else 5e4), what.px, what.arch if what.model is None or timm.is_model(what.arch) else has_batch_norm(what.model))
+    return RateLaw(p.lr_high, max(1e4, _geomean(steps) if steps else 5e4), what.px, what.arch if what.model is None or timm.is_model(what.arch) else has_batch_norm(what.model), p.ratio)
 
 # %% ../nbs/03_presets.ipynb #c858f222
 def preset_for(
