@@ -5,7 +5,7 @@
 EfficientNet-Lite0 with its ImageNet weights, drawings of 64 px, one thread. `compare`: seconds for three fits (`uniform`, `lp_ft`, `auto`; 200 images, 2 epochs) through `compare_strategies` with a file, over those of a
 loop by hand. `meter`: CPU seconds of an epoch (600 images and the validation images) with
 `DistortionMeter`, over those without, in twice as many runs: what is measured is smaller than the noise of a clock. `evidence`: seconds from the first batch to the first step of the body, without the
-head's own epochs, over the training seconds of `auto` (600 images, 4 epochs): the trial step and the looking; and with the computing of the features. By hand and by us in turn, medians of `runs`.
+head's own epochs, over the training seconds of `auto` (600 images, 10 epochs): the trials; and with the computing of the features. By hand and by us in turn, medians of `runs`.
 """
 import argparse,json,statistics,tempfile,time
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from fastai.vision.all import *
 from fastai_discriminative.all import *
-from fastai_discriminative import strategies
+from fastai_discriminative import auto
 from fastai_discriminative.demo import clipart_path,demo_dls,folder_images,lite0_weights
 from bench_step import machine
 
@@ -60,16 +60,16 @@ def evidence(runs):
     res = []
     for _ in range(runs):
         took,clock = [],TrainClock()
-        look = strategies._AutoRates._measure
+        look = auto._AutoRates._measure
         def _timed(self, learn):
             start = time.perf_counter()
             try: return look(self, learn)
             finally: took.append(time.perf_counter()-start)
-        strategies._AutoRates._measure = _timed
+        auto._AutoRates._measure = _timed
         learn = learner(600)
         try:
-            with learn.no_bar(), learn.no_logging(): learn.fit_strategy('auto', 4, cbs=clock)
-        finally: strategies._AutoRates._measure = look
+            with learn.no_bar(), learn.no_logging(): learn.fit_strategy('auto', 10, cbs=clock)
+        finally: auto._AutoRates._measure = look
         head = [r['train_s'] for r in clock.rows[:10]]
         epochs = statistics.median(b-a for a,b in zip(head, head[1:]))
         features,total = head[0]-epochs,clock.rows[-1]['train_s']

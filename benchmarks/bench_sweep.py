@@ -1,22 +1,23 @@
 """Which rates, ratio and norm policy a pretrained body needs after its head: full fits, and the short trials that should tell
 
-    python benchmarks/bench_sweep.py [CASE ...] [--rates 3e-4 1e-3] [--ratios .1] [--norms running] [--seeds 1] [--jobs 2] [--table]
+    python benchmarks/bench_sweep.py CASE ... [--rates 3e-4 1e-3] [--ratios .1] [--norms running] [--seeds 1] [--jobs 2] [--table]
+    python benchmarks/bench_sweep.py --summary
 
 A case is `data-arch-size-images-epochs`, as in `bench_tuned.py`. For each seed the head is trained once, on cached features. From it start short trials at every rate, of `--trial-steps` steps each, as `auto` makes them; and a fit of the body at each
 rate, ratio and norm policy, at whose end four points are scored on validation and test images: the head alone, the end, the average, and halfway to it.
-Each fit is a line in `results/sweep/CASE.jsonl`; run again, it goes on where it stopped. `--table` only shows what is there.
+Each fit is a line in `results/sweep/CASE.jsonl`; run again, it goes on where it stopped. `--table` only shows what is there; `--summary` makes of all that is there the package's `data/measured.csv`.
 """
 import argparse,json,sys,time
 from pathlib import Path
 
-import joblib,torch
+import fastai_discriminative,joblib,torch
 sys.path.insert(0, str(Path(__file__).parent))
 from fastai.vision.all import *
 from fastai_discriminative.all import *
 from fastai_discriminative.auto import _cycle,_put_back,_seen
 from fastai_discriminative.points import WeightAverage,tempered_loss
 from fastai_discriminative.probe import some_batches
-from bench_tuned import images,learner
+from bench_tuned import archs,images,learner
 from copy import deepcopy # after fastai, which has a `copy` of its own
 
 out = Path(__file__).parent/'results'/'sweep'
@@ -102,9 +103,29 @@ def table(case):
         elif r.get('end'): print(f"  seed {r['seed']} {r['lr']:g} x {r['ratio']:g} {r['norm']:8}", *(f"{p}: valid {r[p]['valid']['acc']:.3f} {r[p]['valid']['loss']:.3f} test {r[p]['test']['acc']:.3f} {r[p]['test']['loss']:.3f};" for p in ('end','average','halfway')), f"{r['fit_s']:.0f} s")
         else: print('  ', r.get('lr'), r.get('error'))
 
+def summary(case):
+    "A row of `data/measured.csv`: the best cell of `case` by validation loss at its end, beside the head alone, and the spread over cells"
+    data,arch,size,n_train,n_epoch = case.split('-')
+    rs = [r for r in rows(case) if r.get('end')]
+    cells = {c:[r for r in rs if (r['lr'],r['ratio'],r['norm'])==c] for c in {(r['lr'],r['ratio'],r['norm']) for r in rs}}
+    def _mean(c, what, part='test', k='acc'): return float(np.mean([r[what][part][k] for r in cells[c]]))
+    best = min(cells, key=lambda c: _mean(c, 'end', 'valid', 'loss'))
+    accs = [_mean(c, 'end') for c in cells]
+    name,weights = archs[arch]
+    nums = dict(head_acc=_mean(best, 'head'), best_acc=_mean(best, 'end'), worst_acc=min(accs), head_loss=_mean(best, 'head', k='loss'), best_loss=_mean(best, 'end', k='loss'))
+    return dict(arch=name, regime=preset_for(name).regime, optimizer='adamw', weights=weights().stem, data=data, size=size, n_train=n_train, n_epoch=n_epoch, bs=32, steps=rs[0]['steps'],
+        seeds=len({r['seed'] for r in rs}), cells=len(cells), best_lr_high=f'{best[0]:g}', best_ratio=f'{best[1]:g}', train_norm=best[2], **{k:f'{v:.3f}' for k,v in nums.items()})
+
+def write_summary():
+    "The package's table of what was measured"
+    cases = sorted(f.stem for f in out.glob('*.jsonl'))
+    df = pd.DataFrame([summary(c) for c in cases])
+    df.to_csv(Path(fastai_discriminative.__file__).parent/'data'/'measured.csv', index=False)
+    print(df.to_string())
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument('cases', nargs='+', metavar='CASE')
+    ap.add_argument('cases', nargs='*', metavar='CASE')
     ap.add_argument('--rates', nargs='+', type=float, default=[3e-4,1e-3])
     ap.add_argument('--ratios', nargs='+', type=float, default=[.1])
     ap.add_argument('--norms', nargs='+', default=['running'])
@@ -113,8 +134,11 @@ def main():
     ap.add_argument('--seeds', type=int, default=1)
     ap.add_argument('--jobs', type=int, default=2)
     ap.add_argument('--table', action='store_true')
+    ap.add_argument('--summary', action='store_true')
     a = ap.parse_args()
     out.mkdir(parents=True, exist_ok=True)
+    if a.summary: return write_summary()
+    if not a.cases: ap.error('name a case, such as clipart-lite0-160-600-10')
     cells = [(lr,ratio,norm) for norm in a.norms for lr in a.rates for ratio in a.ratios]
     if not a.table: joblib.Parallel(n_jobs=a.jobs)(joblib.delayed(work)(c, s, cells, a.trial_rates, a.trial_steps) for s in range(a.seeds) for c in a.cases)
     for c in a.cases: table(c)

@@ -118,7 +118,7 @@ def logistic(learn, n_epoch, cbs):
 # ---- cases
 
 base_lrs,layer_lrs = (2e-3,5e-3,1e-2,2e-2),(1e-4,3e-4,1e-3)
-ours = {'head alone':'feature_extraction', 'auto':'auto'}
+ours = {'head alone':'feature_extraction', "auto's head":[Phase(10, frozen=-1, cached=True)], 'auto':'auto'}
 tuned = {'fine_tune': {f'fine_tune {lr:g}':partial(fine_tune, lr) for lr in base_lrs},
     'timm': {f'timm {lr:g}':partial(layer_decay, lr, .75, True, .1) for lr in layer_lrs}}
 fixed = {'logistic':logistic, 'fine_tune lr_find':fine_tune_found, 'autogluon':partial(layer_decay, 1e-4, .9, False, .1), 'prodigy':prodigy}

