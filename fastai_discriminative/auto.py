@@ -112,11 +112,12 @@ class _AutoRates:
         groups,k = learn.splitter.find(learn.model),_trial_steps(n_steps)
         train,valid = _whole_batches(learn, k),some_batches(learn, max(1, k//2), 1)
         (start,chance),hi,res = _seen(learn, valid),self.preset.lr_high,[]
+        if not chance>1.001*start: raise StrategyError("The validation images do not tell the trained head from one that knows nothing.")
         while len(res)<_most_trials:
             with _put_back(learn):
                 _cycle(learn, self.at(hi, groups), train)
                 loss,_ = _seen(learn, valid)
-            res.append(Trial(hi, loss, (loss-start)/max(chance-start, 1e-6) if math.isfinite(loss) else math.inf))
+            res.append(Trial(hi, loss, (loss-start)/(chance-start) if math.isfinite(loss) else math.inf))
             fine = [t.damage<=_bearable(n_steps) for t in res]
             if fine[-1]!=fine[0] or hi>=self.preset.head_lr: break
             hi = min(hi*10**.5, self.preset.head_lr) if fine[-1] else hi/10**.5

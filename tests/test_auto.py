@@ -18,6 +18,12 @@ k = ph._cached_per_epoch # epochs of a head on cached features
 @pytest.fixture
 def dls(bright): return bright_dls(bright)
 
+@pytest.fixture
+def telling(monkeypatch):
+    "A head of random features knows nothing that could be lost: let validation images tell it from nothing all the same"
+    stock = at._seen
+    monkeypatch.setattr(at, '_seen', lambda *args: (loss := stock(*args)[0], loss+1))
+
 def measured(learn, preset, n_epoch):
     "What `auto` measures on `learn` outside of a fit"
     learn.strategy_run,learn.best_point = None,Point('head', 1., .5, [])
@@ -118,7 +124,7 @@ def test_a_picture_measures_nothing(dls):
 
 @pytest.mark.parametrize('arch', ['resnet10t','test_vit'])
 @pytest.mark.parametrize('opt_func', [fused_adamw, Adam])
-def test_looking_changes_nothing(dls, arch, opt_func):
+def test_looking_changes_nothing(dls, arch, opt_func, telling):
     learn = ours(dls, arch, opt_func=opt_func)
     learn.unfreeze()
     learn.fit_one_cycle(1, 1e-4)
@@ -158,7 +164,7 @@ def test_a_trial_that_is_not_finite_is_out_and_the_rest_goes_on(dls, monkeypatch
     e = learn.auto_evidence
     assert e.trials[0].damage==math.inf and e.trials[1].lr<e.trials[0].lr and math.isfinite(e.trials[1].damage) and e.lrs
 
-def test_a_model_whose_output_a_callback_unpacks(dls):
+def test_a_model_whose_output_a_callback_unpacks(dls, telling):
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
@@ -171,6 +177,35 @@ def test_a_model_whose_output_a_callback_unpacks(dls):
     learn.fit_strategy('surgical', 1)
     learn.fit_strategy('auto', long(dls))
     assert learn.auto_evidence.trials
+
+# ---- data that tell little
+
+def test_validation_images_of_one_class_cannot_judge_a_trial(dls, monkeypatch):
+    learn = ours(dls)
+    stock = at._seen
+    monkeypatch.setattr(at, '_seen', lambda *a: (stock(*a)[0],)*2) # what other images' targets would cost is the same
+    with pytest.warns(UserWarning, match='do not tell the trained head'): learn.fit_strategy('auto', long(dls))
+    assert learn.auto_evidence.lrs and not learn.auto_evidence.trials
+
+def test_ten_images_to_validate_on(dls):
+    dls.valid.n = 10
+    dls.valid.get_idxs = lambda: list(range(10))
+    learn = ours(dls)
+    learn.fit_strategy('auto', long(dls))
+    assert learn.auto_evidence.points and learn.recorder.values[-1][-1]>=learn.auto_evidence.points[0].value
+
+def test_a_regression_has_no_temperature(dls):
+    class Number(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = own_net()
+        def forward(self, x): return self.net(x)[:,0]
+    def loss(pred, y): return ((pred-y.float())**2).mean()
+    set_seed(0)
+    learn = quiet(Learner(dls, Number(), loss_func=loss, opt_func=fused_adamw))
+    learn.fit_strategy('auto', long(dls))
+    e = learn.auto_evidence
+    assert e.monitor=='valid_loss' and all(p.loss==pytest.approx(p.value) for p in e.points)
 
 # ---- mistakes
 
