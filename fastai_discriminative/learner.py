@@ -169,7 +169,9 @@ def fit_case(
     "What is known about a fit before its first step"
     bs = learn.dls.train.bs or 1
     accum = max([math.ceil(cb.n_acc/bs) for cb in L(learn.cbs)+L(cbs) if isinstance(cb, GradientAccumulation)], default=1)
-    return FitCase(bs, accum, max(1, num_distrib()), max(1, n_epoch*len(learn.dls.train)//accum) if n_epoch else None, _image_size(learn))
+    n_procs = max(1, num_distrib())
+    n_batches = math.ceil(len(base_dl(learn.dls.train))/n_procs) # of one process: before a fit, its loader is still the whole one
+    return FitCase(bs, accum, n_procs, max(1, n_epoch*n_batches//accum) if n_epoch else None, _image_size(learn))
 
 def _preset_lrs(learn, preset, cbs=None, n_epoch=None):
     "Rates of `preset` for the groups of `learn` in its case"

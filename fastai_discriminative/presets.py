@@ -219,8 +219,8 @@ def lrs(
 def is_lawful(self:Preset)->bool: # `False` without a law, or where somebody has put in rates of their own
     "Are the rates those that `law` gives?"
     if self.law is None: return False
-    base = self.law.long if self.n_steps is None else self.law.at(self.n_steps, self.size)
-    return math.isclose(_scale(base, 64, self.bs, self.optimizer), self.lr_high, rel_tol=1e-6)
+    hi,ratio = (self.law.long,self.law.ratio) if self.n_steps is None else (self.law.at(self.n_steps, self.size),self.law.ratio_at(self.n_steps))
+    return all(math.isclose(a, b, rel_tol=1e-6) for a,b in ((_scale(hi, 64, self.bs, self.optimizer),self.lr_high), (ratio,self.ratio)))
 
 @patch
 def scaled(

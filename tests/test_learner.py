@@ -9,6 +9,7 @@ from fastai.vision.all import (Adam,CrossEntropyLossFlat,DataBlock,DataLoaders,G
 from fastai.data.all import DataLoader
 
 from fastai_discriminative.all import *
+from fastai_discriminative import learner as learner_room
 from fastai_discriminative.freeze import TrueFreeze
 from helpers import *
 
@@ -446,6 +447,25 @@ def test_accumulated_batches_count(dls, n_acc, accum, where):
     kw = dict(call=dict(cbs=acc), list=dict(cbs=[acc])).get(where, {})
     learn.fit_one_cycle(1, 'preset', **kw)
     assert np.allclose(learn.peak_lrs, p.scaled(8, accum).lrs(learn.layer_groups))
+
+@pytest.mark.parametrize('call,n_epoch', [(lambda l: l.fit_one_cycle(3, 'preset'),3), (lambda l: l.fit(n_epoch=2, lr='preset'),2), (lambda l: l.fit_flat_cos(1, 'preset'),1),
+    (lambda l: l.fit_sgdr(2, 1, 'preset'),3)], ids=['cycle','fit','flat','sgdr'])
+def test_steps_and_image_size_of_the_fit_count(dls, call, n_epoch):
+    learn = stock(dls, opt_func=fused_adamw).split(4, preset='resnet18.a1_in1k')
+    assert learn.preset.is_lawful()
+    call(learn)
+    want = preset_for('resnet18.a1_in1k', bs=8, n_steps=n_epoch*len(dls.train), size=dls.one_batch()[0].shape[-1])
+    assert np.allclose(learn.peak_lrs, want.lrs(learn.layer_groups)) and not np.allclose(learn.peak_lrs, learn.preset.scaled(8).lrs(learn.layer_groups))
+
+def test_what_is_known_of_a_fit(dls, monkeypatch):
+    learn,n = stock(dls),len(dls.train)
+    size = dls.one_batch()[0].shape[-1]
+    assert fit_case(learn)==(8,1,1,None,size) and fit_case(learn, n_epoch=3).n_steps==3*n
+    assert fit_case(learn, GradientAccumulation(16), 4)==(8,2,1,4*n//2,size)
+    monkeypatch.setattr(learner_room, 'num_distrib', lambda: 2)
+    assert fit_case(learn, n_epoch=3)[2:4]==(2,3*-(-n//2))
+    rows = Learner(DataLoaders.from_dsets([(torch.randn(4), 0)]*8, [(torch.randn(4), 0)]*8, bs=4), nn.Linear(4,2), loss_func=CrossEntropyLossFlat())
+    assert fit_case(rows).size is None
 
 def test_rates_do_not_depend_on_the_number_of_groups(dls):
     p = Preset(1e-6, 1e-2, head_mult=2)

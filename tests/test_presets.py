@@ -314,6 +314,7 @@ def test_rates_without_a_law_stay():
         assert q.is_lawful() and q.scaled(8).is_lawful()
         mine = replace(q, lr_low=1e-5, lr_high=2e-4, head_mult=3.)
         assert not mine.is_lawful() and mine.scaled(q.bs, n_steps=1000).lr_high==pytest.approx(2e-4)
+        assert not replace(q, lr_low=q.lr_low/2).is_lawful()
     for q in (preset_for('resnet18', regime='random'), preset_for('resnetv2_50x1_bit.goog_in21k', optimizer='sgd')): assert q.law is None and q.scaled(64, n_steps=100)==q
 
 @pytest.mark.parametrize('bad', [0, -3, math.nan, math.inf, 'many'])
