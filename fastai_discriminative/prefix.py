@@ -229,12 +229,12 @@ def _rehearse(self:FrozenPrefix, xb):
 @patch
 def _check_rest(self:FrozenPrefix, xb, mode):
     some = [o[:max(1, len(o)-(len(o)>2))] for o in xb]
-    feats,state = self.features(*some),torch.get_rng_state()
+    feats = self.features(*some)
     with torch.no_grad():
-        want = tensors_of(self.model(*some))
-        self.model(*[o.roll(1, -1) for o in xb])
-        torch.set_rng_state(state)
-        got = tensors_of(self.rest(*feats))
+        with same_random():
+            want = tensors_of(self.model(*some))
+            self.model(*[o.roll(1, -1) for o in xb])
+        got = tensors_of(self.rest(*feats)) # draws the numbers that the model drew, on any device
     right = all(len(f)==len(some[0]) for f in feats) and len(got)==len(want)
     if right and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4*max(1., b.abs().max().item())) for a,b in zip(got, want)): return
     raise FeatureError(f"In {mode} this {type(self.model).__name__} gives other results from kept features than from its inputs: its frozen part is random, or still moves, or gives more than "
