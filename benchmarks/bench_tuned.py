@@ -9,7 +9,7 @@ A peer with a knob runs with every value on the first seed; the value that is be
 Each set is split once: images to train on, images to validate on, by which knobs, epochs and `auto` choose, and images to test on, which no fit sees (`test`).
 What is not ours is done with the package that does it: timm's groups, loss and averaged weights, AutoGluon's published defaults in fastai's loop, `prodigyopt`, scikit-learn.
 """
-import argparse,json,sys
+import argparse,sys
 from dataclasses import replace
 from functools import lru_cache,partial
 from pathlib import Path

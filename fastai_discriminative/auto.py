@@ -84,6 +84,7 @@ class AutoEvidence:
 def _bearable(n_steps): return min(.35, n_steps/500)
 def _longer(n_steps): return min(1., (500/n_steps)**.3)
 
+# %% ../nbs/08a_auto.ipynb #11eb59ca
 _trial_share,_most_trials,_most_steps = .15,4,16 # of the steps; a validation costs about half as much as the steps before it
 
 def _whole_batches(learn, k):

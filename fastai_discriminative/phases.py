@@ -217,6 +217,15 @@ def after_epoch(self:KeepBest):
     self.best,self._epoch,self._row = now,self.epoch,row
     self._state = self.learn.model,{k:v.detach().to('cpu', copy=True) for k,v in self.learn.model.state_dict().items()}
 
+# %% ../nbs/07b_phases.ipynb #3814dffb
+@patch
+def _add_row(self:KeepBest, row, name, epoch):
+    "Add a last row for the weights that are in the model now: `name` in its last column"
+    self.recorder.values.append(row)
+    self.recorder.iters.append(self.recorder.smooth_loss.count)
+    self.learn.final_record = row
+    self.learn.logger([epoch, *row, name])
+
 # %% ../nbs/07b_phases.ipynb #d809bde3
 @patch
 def restore(self:KeepBest):
@@ -229,14 +238,6 @@ def after_fit(self:KeepBest):
     self.restore()
     if self.recorder.values[-1] is not self._row: self._add_row(self._row, 'best', self._epoch)
     self._state = None
-
-@patch
-def _add_row(self:KeepBest, row, name, epoch):
-    "Add a last row for the weights that are in the model now: `name` in its last column"
-    self.recorder.values.append(row)
-    self.recorder.iters.append(self.recorder.smooth_loss.count)
-    self.learn.final_record = row
-    self.learn.logger([epoch, *row, name])
 
 @patch
 def release(self:KeepBest):
@@ -388,8 +389,7 @@ def plot_strategy(self:Learner,
     self.peak_lrs = peak
     groups = self.splitter.find(self.model)
     ax = ax or plt.subplots(figsize=(7, .9+.24*len(groups)), layout='constrained')[1]
-    ax.set_facecolor('#e8e8e8')
-    ax.patch.set(hatch='////', edgecolor='#bbbbbb')
+    ax.patch.set(facecolor='#e8e8e8', hatch='////', edgecolor='#bbbbbb')
     m = ax.pcolormesh(edges, np.arange(len(groups)+1), np.ma.masked_invalid(np.maximum(rates, 1e-8)), norm=LogNorm(1e-7, 1e-2), cmap='viridis', rasterized=True)
     for a,b,p in zip([0,*ends], ends, phases):
         if p.cached: ax.text((a+b)/2, len(groups)/2, f'{p.n_epoch} epochs\non cached\nfeatures', ha='center', va='center', fontsize=7)

@@ -146,6 +146,7 @@ def _put(self:BestPoint, name, end):
     batches = [b for b in some_batches(self.learn, 20) if len(b[0])>1] # batch norms refuse a single sample
     with evaluating(self.learn.model): update_bn([b[:n_inputs(self.learn.dls, b)] for b in batches], self.learn.model)
 
+# %% ../nbs/07c_points.ipynb #5c965141
 @patch
 def after_fit(self:BestPoint):
     if self.average is None or not self.points or self.points[-1].name!='end': return super(BestPoint, self).after_fit()

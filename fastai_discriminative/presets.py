@@ -361,7 +361,8 @@ def _law(p, what):
     "How the rates of preset `p` go with steps and image size; `None` in units and regimes in which nothing was measured"
     if p.optimizer!='adamw' or p.regime in ('random','lm'): return None
     steps = [n for i in p.sources if (n := _table()[i]['steps'])]
-    return RateLaw(p.lr_high, max(1e4, _geomean(steps) if steps else 5e4), what.px, what.arch if what.model is None or timm.is_model(what.arch) else has_batch_norm(what.model), p.ratio)
+    return RateLaw(p.lr_high, max(1e4, _geomean(steps) if steps else 5e4), what.px,
+        what.arch if what.model is None or timm.is_model(what.arch) else has_batch_norm(what.model), p.ratio)
 
 # %% ../nbs/03_presets.ipynb #c858f222
 def preset_for(

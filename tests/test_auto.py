@@ -4,11 +4,11 @@ from copy import deepcopy
 
 import numpy as np,pytest,torch
 from torch import nn
-from fastai.vision.all import accuracy,Adam,Callback,CrossEntropyLossFlat,error_rate,Learner,mse,set_seed
+from fastai.vision.all import accuracy,Adam,Callback,CrossEntropyLossFlat,error_rate,Learner,set_seed
 
 from fastai_discriminative.all import *
 from fastai_discriminative import auto as at,phases as ph
-from fastai_discriminative.points import Point,pick_point
+from fastai_discriminative.points import Point
 from fastai_discriminative.probe import some_batches
 from helpers import *
 from helpers import pre_ours as ours

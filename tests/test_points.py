@@ -3,7 +3,7 @@ import math
 
 import numpy as np,pytest,torch
 from torch import nn
-from fastai.vision.all import accuracy,Callback,CrossEntropyLossFlat,BCEWithLogitsLossFlat,error_rate,MSELossFlat
+from fastai.vision.all import Callback,CrossEntropyLossFlat,BCEWithLogitsLossFlat,MSELossFlat
 
 from fastai_discriminative.all import *
 from fastai_discriminative import phases as ph

@@ -179,7 +179,8 @@ def test_few_private_names_cross_a_border():
 
 def test_a_class_stands_in_one_place():
     "Where more than five methods are patched onto a class of ours, it is two classes or too long"
-    n = Counter((f,c) for f in mods for o in _tree(f).body if isinstance(o, ast.FunctionDef) and _decorated(o, 'patch') for c in [ast.unparse(o.args.args[0].annotation)])
+    patches = [(f,o) for f in mods for o in _tree(f).body if isinstance(o, ast.FunctionDef) and _decorated(o, 'patch')]
+    n = Counter((f,ast.unparse(o.args.args[0].annotation)) for f,o in patches)
     ours = {k:v for k,v in n.items() if any(isinstance(o, ast.ClassDef) and o.name==k[1] for o in _tree(k[0]).body)}
     assert ours and not {k:v for k,v in ours.items() if v>5}
 
