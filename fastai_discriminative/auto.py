@@ -143,7 +143,7 @@ def _measure(self:_AutoRates, learn):
         if _trial_steps(n_steps)>=4:
             trials = self._search(learn, n_steps)
             hi,far = _highest(trials, _bearable(n_steps)) or 0,law.far(case.size) if (law := self.preset.law) else 1.5
-            why = f"A fit of {n_steps} steps can repair what {hi:.2g} costs; of this, {far/3:.0%} for the size of the images." if hi else "Every rate that was tried ruins more than a fit of this length can repair."
+            why = f"A fit of {n_steps} steps bears up to {hi:.2g}; images of this size want {far/3:.0%} of that." if hi else "Every rate that was tried ruins more than a fit of this length can repair."
             hi *= far/3*_longer(n_steps)
     except Exception as e: why = f"It could not try rates on this model, so it takes the preset's. {type(e).__name__}: {e}"
     if 'could not' in why: warnings.warn(f'`auto`: {why}')
