@@ -380,7 +380,7 @@ def plot_strategy(self:Learner,
     n_epoch:int|None=None, # As in `fit_strategy`
     ax=None # matplotlib's axes; a new figure if `None`
 )->plt.Axes: # The axes
-    "Layer groups over time, coloured by learning rate; frozen ones are hatched. Rates that are measured are measured now"
+    "Layer groups over time, coloured by learning rate; frozen ones are hatched. Of rates that are measured, those with which the measuring begins"
     from matplotlib.colors import LogNorm
     _ready(self)
     s = _as_strategy(strategy)
