@@ -18,6 +18,13 @@ k = ph._cached_per_epoch # epochs of a head on cached features
 @pytest.fixture
 def dls(bright): return bright_dls(bright)
 
+own_share = at._trial_share
+
+@pytest.fixture(autouse=True)
+def long_trials_of_short_fits(monkeypatch):
+    "Let trials take more of a fit than users would want, so that a short one has them too"
+    monkeypatch.setattr(at, '_trial_share', .6)
+
 @pytest.fixture
 def telling(monkeypatch):
     "A head of random features knows nothing that could be lost: let validation images tell it from nothing all the same"
@@ -104,7 +111,8 @@ def test_higher_rates_in_short_cycles_do_more_damage(dls):
     assert res[0]==pytest.approx(at._seen(learn, valid)[0], rel=.05) and res[1]>1.2*res[0]
 
 @pytest.mark.parametrize('n_steps,bearable,longer,steps', [(36,.072,1.,0), (72,.144,1.,1), (180,.35,1.,4), (1000,.35,.5**.3,16), (10**6,.35,(500/10**6)**.3,16)])
-def test_what_the_length_of_a_fit_decides(n_steps, bearable, longer, steps):
+def test_what_the_length_of_a_fit_decides(n_steps, bearable, longer, steps, monkeypatch):
+    monkeypatch.setattr(at, '_trial_share', own_share)
     assert (at._bearable(n_steps),at._longer(n_steps),at._trial_steps(n_steps))==pytest.approx((bearable,longer,steps))
 
 def test_monitor_and_direction(dls):
