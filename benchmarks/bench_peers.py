@@ -59,12 +59,12 @@ def stock(learn, a):
     "`vision_learner` and `fine_tune`, nothing changed"
     return clocked(learn, lambda: learn.fine_tune(a.epochs, freeze_epochs=a.head_epochs))
 
-def layer_decay_groups(model):
-    "timm's groups for the body, one step below the head's"
+def layer_decay_groups(model, decay=.75, wd=.01):
+    "timm's groups for the body, one step below the head's; timm passes over what is frozen"
     from timm.optim import param_groups_layer_decay,param_groups_weight_decay
-    body = param_groups_layer_decay(model[0].model, weight_decay=.01, layer_decay=.75)
-    for g in body: g['lr_scale'] *= .75
-    head = param_groups_weight_decay(model[1], weight_decay=.01)
+    body = param_groups_layer_decay(model[0].model, weight_decay=wd, layer_decay=decay)
+    for g in body: g['lr_scale'] *= decay
+    head = param_groups_weight_decay(model[1], weight_decay=wd)
     return body+[dict(g, lr_scale=1.) for g in head],len(head)
 
 def layer_decay(learn, a):

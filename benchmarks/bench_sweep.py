@@ -43,11 +43,7 @@ def fitted(learn, head, lr, ratio, norm, n_epoch, sets):
     with learn.no_bar(), learn.no_logging(): learn.fit_strategy([Phase(n_epoch, slice(lr*ratio, lr), train_norm=norm)], cbs=cb)
     res = dict(fit_s=time.time()-start)
     for name in ('end','average','halfway'):
-        if name!='end':
-            mean = {id(t):m for t,m in zip(cb.avg.live, cb.avg.mean)}
-            with torch.no_grad():
-                for k,v in learn.model.state_dict(keep_vars=True).items():
-                    if v.is_floating_point(): v.copy_(mean[id(v)] if name=='average' else torch.lerp(head[k], mean[id(v)], .5))
+        if name!='end': cb.avg.apply(dict(average=1., halfway=.5)[name])
         res[name] = {k:score(learn, *v) for k,v in sets.items()}
     return res
 

@@ -1,9 +1,9 @@
 """`auto`, the head alone, and peers that were tuned, on real weights and images at the sizes users train at
 
-    python benchmarks/bench_tuned.py [CASE ...] [--seeds 5] [--jobs 2] [--only auto ...] [--summary]
+    python benchmarks/bench_tuned.py [CASE ...] [--seeds 5] [--jobs 2] [--only auto ...]
 
 A case is `data-arch-size-images-epochs`, such as `clipart-lite0-160-600-10`; without one all of `cases`, in order. Each case is a file in `results/tuned/`, made by
-`compare_strategies`: run again, it goes on where it stopped. `--jobs` processes, one thread each. `--summary` only sums up what is there.
+`compare_strategies`: run again, it goes on where it stopped. `--jobs` processes, one thread each.
 Every fit has the same images, transforms, weights and epochs, the frozen epoch of `fine_tune` excepted, which comes on top as fastai has it.
 A peer with a knob runs with every value on the first seed; the value that is best on validation images then runs on all seeds. `auto` is one run, whatever the case.
 Each set is split once: images to train on, images to validate on, by which knobs, epochs and `auto` choose, and images to test on, which no fit sees (`test`).
@@ -21,6 +21,7 @@ from fastai.callback.schedule import SuggestionMethod
 from fastai_discriminative.all import *
 from fastai_discriminative.demo import demo_dls,folder_images
 from bench_data import fashion_path,lite0_weights,sets,vit_small_weights
+from bench_peers import layer_decay_groups
 from bench_step import machine
 
 out = Path(__file__).parent/'results'/'tuned'
@@ -77,10 +78,8 @@ class Ema(Callback):
 
 def layer_decay(lr, decay, smooth, pct_start, learn, n_epoch, cbs):
     "AdamW on timm's groups, each `decay` times as fast as the one above; with label smoothing and averaged weights if `smooth`"
-    from timm.optim import param_groups_layer_decay,param_groups_weight_decay
-    body = param_groups_layer_decay(learn.model[0].model, weight_decay=.05, layer_decay=decay)
-    head = param_groups_weight_decay(learn.model[1], weight_decay=.05)
-    groups = [dict(g, lr_scale=g['lr_scale']*decay) for g in body]+[dict(g, lr_scale=1.) for g in head]
+    learn.unfreeze() # else the body would be left out
+    groups,_ = layer_decay_groups(learn.model, decay, .05)
     loss = LabelSmoothingCrossEntropyFlat(eps=.1) if smooth else learn.loss_func
     peer = Learner(learn.dls, learn.model, loss, partial(OptimWrapper, opt=torch.optim.AdamW), splitter=lambda m: [g['params'] for g in groups], metrics=learn.metrics)
     with peer.no_bar(), peer.no_logging():
@@ -89,11 +88,12 @@ def layer_decay(lr, decay, smooth, pct_start, learn, n_epoch, cbs):
 def prodigy(learn, n_epoch, cbs):
     "Prodigy, which finds its rate, on all layers; cosine decay as its authors advise"
     from prodigyopt import Prodigy
+    learn.unfreeze()
     peer = Learner(learn.dls, learn.model, learn.loss_func, partial(OptimWrapper, opt=partial(Prodigy, weight_decay=.01, safeguard_warmup=True)), lr=1., metrics=learn.metrics)
     with peer.no_bar(), peer.no_logging(): peer.fit_flat_cos(n_epoch+1, 1., pct_start=0., cbs=cbs)
 
 def pooled(learn, files):
-    "Features of the pretrained body for `files`, pooled where they are maps, and the labels where the loader knows them"
+    "Features of the pretrained body for `files`, pooled where they are maps"
     m = learn.model.eval()
     with torch.no_grad(): fs = [m[0](x.as_subclass(Tensor)) for x, in learn.dls.test_dl(files)]
     return torch.cat([f.mean((2,3)) if f.ndim==4 else f for f in fs])

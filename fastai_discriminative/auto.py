@@ -17,8 +17,8 @@ from fastai.basics import *
 
 from .core import *
 from .probe import *
-from .phases import *
 from .learner import *
+from .phases import *
 from .phases import _schedule
 from .points import *
 from .strategies import _lp
@@ -68,17 +68,19 @@ class AutoEvidence:
     trials:list # Of `Trial`, in the order in which they ran
     bearable:float # Highest damage that a fit of this length can repair
     lrs:list # Peak rate of each group; `[]` where the body stayed as it was
-    names:list # Of the groups
     why:str # How the rates came about
     points:list=field(default_factory=list) # Of `Point`: what the fit could end with
 
-    def _text(self):
-        tried = text_table(('trial at','loss','damage','bearable'), [(f'{t.lr:.2g}', f'{t.loss:.3f}', f'{t.damage:.2f}', 'yes' if t.damage<=self.bearable else 'no') for t in self.trials]) if self.trials else ''
+    def _title(self):
         rates = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g} over {len(self.lrs)} groups" if self.lrs else 'none: the body stays as it is'
-        ends = text_table(('could end with','loss',self.monitor), [(p.name, f'{p.loss:.3f}', f'{p.value:.3f}') for p in self.points]) if self.points else ''
-        return [f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Rates of the body: {rates}. {self.why}", tried, ends]
-    def __repr__(self): return '\n'.join(o for o in self._text() if o)
-    def _repr_html_(self): return ''.join(f'<pre>{o}</pre>' if i else f'<p>{o}</p>' for i,o in enumerate(self._text()) if o)
+        return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Rates of the body: {rates}. {self.why}"
+    def _tables(self):
+        "Headings and rows of what was tried, and of what the fit could end with"
+        tried = [(f'{t.lr:.2g}', f'{t.loss:.3f}', f'{t.damage:.2f}', 'yes' if t.damage<=self.bearable else 'no') for t in self.trials]
+        ends = [(p.name, f'{p.loss:.3f}', f'{p.value:.3f}') for p in self.points]
+        return [o for o in ((('trial at','loss','damage','bearable'),tried), (('could end with','loss',self.monitor),ends)) if o[1]]
+    def __repr__(self): return '\n'.join([self._title(), *(text_table(*o) for o in self._tables())])
+    def _repr_html_(self): return ''.join([f'<p>{self._title()}</p>', *(html_table(*o) for o in self._tables())])
 
 # %% ../nbs/08a_auto.ipynb #b49fedcd
 def _bearable(n_steps): return min(.35, n_steps/500)
@@ -134,21 +136,26 @@ def _highest(trials, bearable):
 
 # %% ../nbs/08a_auto.ipynb #499754ad
 @patch
+def _conclude(self:_AutoRates, trials, case):
+    "The rate that follows from `trials`, 0 if none is bearable, and why"
+    top,far = _highest(trials, _bearable(case.n_steps)),self.preset.law.far(case.size) if self.preset.law else 1.
+    if top is None: return 0,"Every rate that was tried ruins more than a fit of this length can repair."
+    return top*far/3*_longer(case.n_steps),f"A fit of {case.n_steps} steps bears up to {top:.2g}; images of this size want {far/3:.0%} of that."
+
+@patch
 def _measure(self:_AutoRates, learn):
     "Try some rates; those that follow, or `[]` if the body cannot bear any"
-    case = fit_case(learn, n_epoch=self.n_epoch)
-    n_steps = case.n_steps
-    trials,hi,why = [],self.preset.lr_high,f"The fit is too short for trials ({n_steps} steps), so it takes the preset's rate."
-    try:
-        if _trial_steps(n_steps)>=4:
-            trials = self._search(learn, n_steps)
-            hi,far = _highest(trials, _bearable(n_steps)) or 0,law.far(case.size) if (law := self.preset.law) else 1.5
-            why = f"A fit of {n_steps} steps bears up to {hi:.2g}; images of this size want {far/3:.0%} of that." if hi else "Every rate that was tried ruins more than a fit of this length can repair."
-            hi *= far/3*_longer(n_steps)
-    except Exception as e: why = f"It could not try rates on this model, so it takes the preset's. {type(e).__name__}: {e}"
-    if 'could not' in why: warnings.warn(f'`auto`: {why}')
-    lrs,kb = self.at(hi, learn.splitter.find(learn.model)) if hi else [],learn.best_point
-    learn.auto_evidence = AutoEvidence(kb.value, kb.monitor, trials, _bearable(n_steps), lrs, learn.splitter.find(learn.model).names, why, kb.points)
+    case,groups,kb = fit_case(learn, n_epoch=self.n_epoch),learn.splitter.find(learn.model),learn.best_point
+    trials,hi,why = [],self.preset.lr_high,f"The fit is too short for trials ({case.n_steps} steps), so it takes the preset's rate."
+    if _trial_steps(case.n_steps)>=4:
+        try:
+            trials = self._search(learn, case.n_steps)
+            hi,why = self._conclude(trials, case)
+        except Exception as e:
+            why = f"It could not try rates on this model, so it takes the preset's. {type(e).__name__}: {e}"
+            warnings.warn(f'`auto`: {why}')
+    lrs = self.at(hi, groups) if hi else []
+    learn.auto_evidence = AutoEvidence(kb.value, kb.monitor, trials, _bearable(case.n_steps), lrs, why, kb.points)
     return lrs
 
 # %% ../nbs/08a_auto.ipynb #f138da39

@@ -44,9 +44,13 @@ def test_the_average_holds_statistics_and_leaves_counts_alone():
     avg.update()
     avg.apply()
     assert not torch.equal(m[1].running_mean, live) and m[1].num_batches_tracked==1
-    start = [torch.zeros_like(t) for t in avg.mean]
-    avg.apply(start, .25)
+    avg.start = [torch.zeros_like(t) for t in avg.mean]
+    avg.apply(.25)
     torch.testing.assert_close(m[0].weight.detach(), .25*avg.mean[0])
+    avg.apply(0.)
+    assert all(torch.equal(t, o) for t,o in zip(avg.live, avg.start))
+    avg.apply()
+    assert all(torch.equal(t, o) for t,o in zip(avg.live, avg.mean))
 
 @pytest.mark.parametrize('n_steps', [0,1,4,5,10**6])
 def test_any_number_of_steps(n_steps): assert 0<=WeightAverage(nn.Linear(1,1), n_steps).decay<1
@@ -101,7 +105,7 @@ def test_points_are_what_they_are_called(dls):
             if self.training and self.epoch==k and 'head' not in seen: seen['head'] = weights(self.learn)
     learn.fit_strategy(head_then(1e-3), 2, cbs=[look, Keep()])
     live = {id(t):n for n,t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
-    for t,s in zip(look.best.average.live, look.best.start): assert torch.equal(s, seen['head'][live[id(t)]])
+    for t,s in zip(look.best.average.live, look.best.average.start): assert torch.equal(s, seen['head'][live[id(t)]])
 
 @pytest.mark.parametrize('norm,moves', [('running',False), ('group',True)])
 def test_statistics_are_taken_anew_where_they_moved(dls, norm, moves):
