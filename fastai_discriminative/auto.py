@@ -87,14 +87,14 @@ def _bearable(n_steps): return min(.35, n_steps/500)
 def _longer(n_steps): return min(1., (500/n_steps)**.3)
 
 # %% ../nbs/08a_auto.ipynb #11eb59ca
-_trial_share,_most_trials,_most_steps = .15,4,16 # of the steps; a validation costs about half as much as the steps before it
+_trial_share,_most_trials,_least_steps,_most_steps = .15,3,6,16 # of the steps; a validation costs about a fifth of the steps before it
 
 def _whole_batches(learn, k):
     "`k` training batches; the same ones again where there are fewer"
     bs = [b for b in some_batches(learn, k) if len(b[0])>1] # batch norms refuse a single sample
     return [bs[i%len(bs)] for i in range(k)]
 
-def _trial_steps(n_steps): return min(_most_steps, int(_trial_share*n_steps/(1.5*_most_trials)))
+def _trial_steps(n_steps): return min(_most_steps, int(_trial_share*n_steps/(1.2*_most_trials)))
 
 # %% ../nbs/08a_auto.ipynb #f7dd9a6a
 class _AutoRates:
@@ -138,16 +138,17 @@ def _highest(trials, bearable):
 @patch
 def _conclude(self:_AutoRates, trials, case):
     "The rate that follows from `trials`, 0 if none is bearable, and why"
-    top,far = _highest(trials, _bearable(case.n_steps)),self.preset.law.far(case.size) if self.preset.law else 1.
+    top = _highest(trials, _bearable(case.n_steps))
     if top is None: return 0,"Every rate that was tried ruins more than a fit of this length can repair."
-    return top*far/3*_longer(case.n_steps),f"A fit of {case.n_steps} steps bears up to {top:.2g}; images of this size want {far/3:.0%} of that."
+    share = .5*_longer(case.n_steps)
+    return share*top,f"A fit of {case.n_steps} steps bears up to {top:.2g}, and takes {share:.0%} of that."
 
 @patch
 def _measure(self:_AutoRates, learn):
     "Try some rates; those that follow, or `[]` if the body cannot bear any"
     case,groups,kb = fit_case(learn, n_epoch=self.n_epoch),learn.splitter.find(learn.model),learn.best_point
     trials,hi,why = [],self.preset.lr_high,f"The fit is too short for trials ({case.n_steps} steps), so it takes the preset's rate."
-    if _trial_steps(case.n_steps)>=4:
+    if _trial_steps(case.n_steps)>=_least_steps:
         try:
             trials = self._search(learn, case.n_steps)
             hi,why = self._conclude(trials, case)

@@ -121,5 +121,6 @@ def _try_ms(model, xb, *k):
 
 def _measure(learn, tries):
     "Milliseconds of a step for each of `tries`"
+    learn.model.to(learn.dls.device) # as a fit does: a new learner may still be elsewhere
     xb,bar = one_input(learn),partial(progress_bar, leave=False) if hasattr(learn, 'progress') else noop
     with _untouched(learn.model): return {k: _try_ms(learn.model, xb, *k) for k in bar(tries)}

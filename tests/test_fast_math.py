@@ -156,3 +156,13 @@ def test_dicts_and_buffers_put_in_anew():
     n,k = learn.model.n,learn.model.k.clone()
     learn.to_fast()
     assert learn.model.n is n and n.item()==0 and torch.equal(learn.model.k, k)
+
+def test_it_measures_where_fits_run(learn, monkeypatch):
+    "A new learner's model may still be elsewhere: on a GPU machine it was measured on the CPU"
+    seen,stock = [],learn.model.to
+    def _to(*args, **kwargs):
+        seen.append(args)
+        return stock(*args, **kwargs)
+    monkeypatch.setattr(learn.model, 'to', _to)
+    learn.to_fast()
+    assert seen[0]==(learn.dls.device,)
