@@ -2,7 +2,8 @@
 
     python benchmarks/bench_gpu.py pack DIR                                                                       # here
     python3 DIR/bench_gpu.py run DIR --out OUT [--limit 460] [--procs 2] [--seeds 2] [--sizes 224 128 64]          # there
-    python benchmarks/bench_gpu.py table OUT
+    python benchmarks/bench_gpu.py table OUT                # what came of it
+    python benchmarks/bench_gpu.py summary OUT              # the package's `data/measured.csv`, of all cases that are there
 
 `pack` writes what `run` needs: these scripts, the package, weights, images, wheels. The other machine has torch, torchvision, and what fastai needs besides: matplotlib, pandas,
 requests, PyYAML, scikit-learn, scipy, rich, huggingface_hub. `run` does three things, each in processes of its own, so that one that fails leaves the others alone:
@@ -22,7 +23,7 @@ import torch
 from PIL import Image
 from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_sweep import case_line,error_text,image_files,lite0,load,work
+from gpu_sweep import case_line,error_text,image_files,lite0,load,mean_of,work
 
 pure = {k:None for k in ('fastai','fastcore','fasttransform','plum-dispatch','beartype','fastdownload','cloudpickle','timm')}
 pure['prodigyopt'] = None
@@ -361,6 +362,29 @@ def table(a):
         if 'error' not in r: cases.setdefault((r['data'],r['size'],r['n'] or 'all',r['epochs']), []).append(r)
     for k in cases: print(case_line(k, cases[k]))
 
+def summary(a):
+    "The package's table of what was measured, from all cases in `a.out`: the best cell by validation loss at its end, the head alone, and the spread over cells"
+    import fastai_discriminative,pandas as pd
+    from bench_data import archs
+    from fastai_discriminative.all import preset_for
+    by = {}
+    for r in load(a.out):
+        if r.get('how')=='layers': by.setdefault((r['arch'],r['data'],r['size'],r['n_train'],r['epochs']), []).append(r)
+    df = pd.DataFrame([measured(k, rs, {o:f().stem for o,f in archs.values()}, preset_for) for k,rs in sorted(by.items())])
+    df.to_csv(Path(fastai_discriminative.__file__).parent/'data'/'measured.csv', index=False)
+    print(df.to_string())
+
+def measured(case, rows, weights, preset_for):
+    "A row of the table; only cells that every seed has"
+    (arch,data,size,n_train,n_epoch),cells,seeds = case,{},{r['seed'] for r in rows}
+    for r in rows: cells.setdefault((r['hi'],r['ratio'],r['norm']), []).append(r)
+    full = {k:rs for k,rs in cells.items() if len(rs)==len(seeds)}
+    k = min(full, key=lambda k: mean_of(full[k], 'end', 'valid', 'tempered'))
+    nums = dict(head_acc=mean_of(full[k], 'head'), best_acc=mean_of(full[k], 'end'), worst_acc=min(mean_of(rs, 'end') for rs in full.values()),
+        head_loss=mean_of(full[k], 'head', key='tempered'), best_loss=mean_of(full[k], 'end', key='tempered'))
+    return dict(arch=arch, regime=preset_for(arch).regime, optimizer='adamw', weights=weights[arch], data=data, size=size, n_train=n_train, n_epoch=n_epoch, bs=32,
+        steps=n_train//32*n_epoch, seeds=len(seeds), cells=len(full), best_lr_high=f'{k[0]:g}', best_ratio=f'{k[1]:g}', train_norm=k[2], **{k:f'{v:.3f}' for k,v in nums.items()})
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sub = ap.add_subparsers(required=True)
@@ -369,7 +393,7 @@ def main():
         p.set_defaults(f=f)
         p.add_argument(arg)
         return p
-    _cmd(table, 'out')
+    for f in (table,summary): _cmd(f, 'out')
     p = _cmd(pack, 'dir')
     p.add_argument('--images', nargs='+', default=['clipart','elpv','fashion'], help='sets of `bench_data.py`')
     p = _cmd(run, 'dir')

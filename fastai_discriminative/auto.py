@@ -73,12 +73,13 @@ class AutoEvidence:
 
     def _title(self):
         rates = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g} over {len(self.lrs)} groups" if self.lrs else 'none: the body stays as it is'
-        return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Rates of the body: {rates}. {self.why}"
+        gain = " The body gained nothing on the validation images, so the head alone stays." if any(p.taken and p.name=='head' for p in self.points) and self.lrs else ''
+        return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Rates of the body: {rates}. {self.why}{gain}"
     def _tables(self):
         "Headings and rows of what was tried, and of what the fit could end with"
         tried = [(f'{t.lr:.2g}', f'{t.loss:.3f}', f'{t.damage:.2f}', 'yes' if t.damage<=self.bearable else 'no') for t in self.trials]
-        ends = [(p.name, f'{p.loss:.3f}', f'{p.value:.3f}') for p in self.points]
-        return [o for o in ((('trial at','loss','damage','bearable'),tried), (('could end with','loss',self.monitor),ends)) if o[1]]
+        ends = [(p.name, f'{p.loss:.3f}', f'{p.value:.3f}', 'yes' if p.taken else '') for p in self.points]
+        return [o for o in ((('trial at','loss','damage','bearable'),tried), (('could end with','loss',self.monitor,'taken'),ends)) if o[1]]
     def __repr__(self): return '\n'.join([self._title(), *(text_table(*o) for o in self._tables())])
     def _repr_html_(self): return ''.join([f'<p>{self._title()}</p>', *(html_table(*o) for o in self._tables())])
 

@@ -69,6 +69,7 @@ class Point:
     loss:float # Validation loss, for classes at the best temperature
     value:float # The monitored metric
     row:list # Losses and metrics, as `Recorder` has them
+    taken:bool=False # Did the fit end with it?
 
 def pick_point(
     points:list, # `Point`s; the head alone, if it is there, first
@@ -152,6 +153,7 @@ def after_fit(self:BestPoint):
         self._put(name, end)
         self._validate(name)
     best = self.points[_of_rank_0(self.points.index(pick_point(self.points, self.comp) or self.points[0]))]
+    best.taken = True
     self._put(best.name, end)
     self._state = None
     if best.name!='end': self._add_row(best.row, best.name, self.epoch)

@@ -335,7 +335,7 @@ def _no_sgd(fam, regime):
 # %% ../nbs/03_presets.ipynb #02c29740
 @lru_cache(maxsize=None)
 def _measured():
-    "Architecture, regime and units of the presets in `data/measured.csv`, which `benchmarks/bench_strategies.py --summary` writes"
+    "Architecture, regime and units of the presets in `data/measured.csv`, which `benchmarks/bench_gpu.py summary` writes"
     return {(r['arch'],r['regime'],r['optimizer']) for r in read_data('measured.csv')}
 
 # %% ../nbs/03_presets.ipynb #1c170828

@@ -120,6 +120,7 @@ def test_monitor_and_direction(dls):
     assert learn.auto_evidence.monitor=='error_rate'
     learn.fit_strategy('auto', 1, monitor='accuracy', comp=np.less) # somebody who wants the worst
     ps = learn.auto_evidence.points
+    assert [p.taken for p in ps].count(True)==1 and next(p for p in ps if p.taken).row==list(learn.recorder.values[-1])
     assert float(learn.recorder.values[-1][2])<=ps[0].value
 
 def test_a_picture_measures_nothing(dls):
@@ -220,3 +221,9 @@ def test_auto_says_why_it_needs_a_validation_set(dls):
     dls.loaders[1] = dls.train.new([], shuffle=False, drop_last=False)
     with pytest.raises(StrategyError, match='validation set'): ours(dls).fit_strategy(n_epoch=1)
     ours(dls).fit_strategy('lp_ft', 1)
+
+def test_a_head_that_stays_is_named():
+    e = at.AutoEvidence(.8, 'accuracy', [], .35, [1e-5,1e-4], 'Because.', [Point('head', 1., .8, [], True), Point('end', 2., .7, [])])
+    assert 'gained nothing' in repr(e) and repr(e).count('yes')==1
+    e.points[0].taken,e.points[1].taken = False,True
+    assert 'gained nothing' not in repr(e)
