@@ -102,7 +102,7 @@ class RateLaw:
     @property
     def short(self)->float:
         "The rate at 180 to 500 steps, at the checkpoint's image size: from EfficientNet-Lite0, with BatchNorm, or a ViT-S/14, without"
-        return 1.6e-4 if has_batch_norm(self.batch_norm) else 2.3e-5
+        return 2.5e-4 if has_batch_norm(self.batch_norm) else 3.3e-5
 
     def far(self,
         size:int|None # Shorter side of the images in pixels

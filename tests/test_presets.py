@@ -90,8 +90,11 @@ def test_measured_is_what_the_benchmark_measured():
     for r in rows:
         p = preset_for(r['arch'], bs=int(r['bs']), n_steps=int(r['steps']), size=int(r['size']))
         assert p.measured and p.regime==r['regime'] and 'not measured' not in repr(p)
-        assert .1*float(r['best_lr_high'])<p.lr_high<1.2*float(r['best_lr_high']) # a preset is tried on nothing, so it does not go beyond what was best
         assert not preset_for(r['arch'], regime='random').measured
+    for size in {r['size'] for r in rows}: # a preset is tried on nothing, so it does not go beyond what was best; rates in the middle of the body, as the best ones differ in ratio
+        best = math.prod(mids := [float(r['best_lr_high'])*float(r['best_ratio'])**.5 for r in rows if r['size']==size])**(1/len(mids))
+        p = preset_for(r['arch'], bs=32, n_steps=180, size=int(size))
+        assert .2*best<(p.lr_low*p.lr_high)**.5<best
     assert not preset_for('convnext_tiny.fb_in22k').measured
 
 def test_every_pretrained_tag_has_a_regime_by_rule():
@@ -285,7 +288,7 @@ def test_a_recipe_for_the_same_labels_is_not_one_for_new_ones():
         p = preset_for(o)
         assert all(r['new_task']=='yes' for r in p.recipes())
 
-@pytest.mark.parametrize('name,short', [('resnet50.a1_in1k',1.6e-4), ('convnext_tiny.fb_in1k',2.3e-5), ('vit_base_patch16_224.mae',2.3e-5)])
+@pytest.mark.parametrize('name,short', [('resnet50.a1_in1k',2.5e-4), ('convnext_tiny.fb_in1k',3.3e-5), ('vit_base_patch16_224.mae',3.3e-5)])
 def test_rates_by_the_length_of_a_fit(name, short):
     def hi(n, **kw): return preset_for(name, n_steps=n, **kw).lr_high
     long = preset_for(name).lr_high
@@ -325,7 +328,7 @@ def test_steps_and_sizes_that_make_no_sense(what, bad):
 def test_batch_norm_is_found_in_names_and_models():
     assert [has_batch_norm(o) for o in ('resnet18','convnext_tiny','levit_128','no_such_model', True, torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(3))]==[True,False,True,False,True,True,False]
     m = timm.create_model('test_resnet', num_classes=0)
-    assert preset_for(m, n_steps=200).lr_high==pytest.approx(1.6e-4)
+    assert preset_for(m, n_steps=200).lr_high==pytest.approx(2.5e-4)
 
 def test_the_new_columns_of_the_table():
     assert table[1]['steps']==round(30*1281167/512) and (table[1]['size'],table[1]['ckpt_size'],table[1]['new_task'])==(384,224,'no')
