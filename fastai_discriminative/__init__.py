@@ -26,6 +26,7 @@ Modules:
 - `fastai_discriminative.keys`: What kept features depend on, in a form that can be compared
 - `fastai_discriminative.layers`: For each parameter of a model: its layer, its depth, and whether it is new, a norm's, undecayed, shared or unused
 - `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes
+- `fastai_discriminative.lr_finder`: Which rates? A range test along the preset's slope, one group at a time, or short annealed trials
 - `fastai_discriminative.moments`: What an optimiser remembers of each parameter: its layout in memory, its saved form, and the way back
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
 - `fastai_discriminative.paths`: What a layer is, which layers belong together, and how deep each is on the way from the input to the head

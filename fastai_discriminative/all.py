@@ -17,5 +17,6 @@ from .fast_math import *
 from .phases import *
 from .strategies import *
 from .auto import *
+from .lr_finder import *
 from .report import *
 from .compare import *

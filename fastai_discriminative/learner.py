@@ -193,6 +193,7 @@ def _resolve_lr(learn, lr, cbs=None, n_epoch=None):
         if preset is None: raise PresetError(f"No preset is known in the units of {learn.opt_func}. Give rates of your own, or `learn.split(fused=True)` for AdamW.")
         lr = _preset_lrs(learn, _check_units(preset, learn.opt_func), cbs, n_epoch)
     elif in_layer_groups(learn) and lr is not None:
+        lr = getattr(lr, 'lrs', lr) # of rates that were found
         if isinstance(lr, (np.ndarray,np.number,Tensor)): lr = lr.tolist()
         groups = learn.splitter.find(learn.model)
         _check_lr(lr, groups)

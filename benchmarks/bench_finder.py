@@ -1,0 +1,73 @@
+"""Which rate does a finder name, and what would training at it have cost? Against the sweep of `bench_gpu.py`
+
+    python benchmarks/bench_finder.py [CASE ...] [--seeds 3] [--out benchmarks/results/finder.json]
+
+A case is `data-arch-size-images-epochs`, as in `bench_tuned.py`. For each seed the head is trained on cached features, as in the sweep; then each method says which rate the end of the body should have: the trials and the range test along the preset's
+slope of `lr_find_groups`, and fastai's four rules on the curve of that range test. The regret of a rate is read off the sweep's curve for ratio .1: points of test accuracy below the best rate by validation loss. Run again, it goes on where it stopped.
+"""
+import argparse,json,sys,time
+from pathlib import Path
+
+import torch
+sys.path.insert(0, str(Path(__file__).parent))
+from fastai.vision.all import *
+from fastai.callback.schedule import minimum,slide,steep,valley
+from fastai_discriminative.all import *
+from fastai_discriminative.lr_finder import _suggested
+from bench_step import machine
+from bench_tuned import learner
+
+cases = [f'{k}-lite0-{size}-600-10' for size in (64,160) for k in ('clipart','elpv','fashion')]
+rules = (valley,steep,minimum,slide)
+
+def found(case, seed):
+    "Rate at the end of the body by each method, and seconds"
+    data,arch,size,n,n_epoch = case.split('-')
+    set_seed(seed)
+    learn,res = learner(data, arch, int(size), int(n)),{}
+    with learn.no_bar(), learn.no_logging(): learn.fit_strategy([Phase(int(n_epoch), frozen=-1, cached=True)])
+    learn.unfreeze()
+    learn.true_freeze.train_norm = 'running'
+    def _timed(k, f):
+        start = time.perf_counter()
+        r = f()
+        res[k] = dict(lr=r.slice.stop, s=round(time.perf_counter()-start, 1), confidence=r.confidence)
+        return r
+    _timed('trials', lambda: learn.lr_find_groups('trials', n_epoch=int(n_epoch)))
+    j = _timed('joint', lambda: learn.lr_find_groups('joint', n_epoch=int(n_epoch)))
+    rates,losses = j.curves['all']
+    for f in rules: res[f'lr_find, {f.__name__}'] = dict(lr=_suggested(rates, losses, 100, f)*j.slice.stop/j.lrs[-1], s=res['joint']['s'])
+    res['preset'] = dict(lr=learn.preset.scaled(*fit_case(learn, n_epoch=int(n_epoch))).lr_high, s=0.)
+    return dict(case=case, seed=seed, found=res)
+
+def sweep_line(data, size):
+    "Rates, points over the head, and validation losses of the sweep's line for ratio .1, means over its seeds"
+    rs = [json.loads(l) for f in sorted((Path(__file__).parent/'results'/'gpu').glob('sweep-*.jsonl')) for l in f.read_text().splitlines()]
+    rs = [r for r in rs if r.get('how')=='layers' and (r['data'],r['size'],r['n'],r['epochs'],r['norm'],r['ratio'])==(data,size,600,10,'running',.1)]
+    his = sorted({r['hi'] for r in rs})
+    def _mean(f): return [float(np.mean([f(r) for r in rs if r['hi']==h])) for h in his]
+    return his,_mean(lambda r: r['end']['test']['acc']-r['head']['test']['acc']),_mean(lambda r: r['end']['valid']['tempered'])
+
+def with_regrets(row):
+    data,_,size,*_ = row['case'].split('-')
+    his,gains,losses = sweep_line(data, int(size))
+    best = gains[int(np.argmin(losses))]
+    for o in row['found'].values(): o['regret'] = round(100*(best-float(np.interp(math.log(o['lr']), np.log(his), gains))), 2)
+    return row
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument('cases', nargs='*', metavar='CASE')
+    ap.add_argument('--seeds', type=int, default=3)
+    ap.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'finder.json')
+    a = ap.parse_args()
+    torch.set_num_threads(1)
+    res = json.loads(a.out.read_text()) if a.out.exists() else dict(machine=machine(), rows=[])
+    for seed in range(a.seeds):
+        for case in a.cases or cases:
+            if any((r['case'],r['seed'])==(case,seed) for r in res['rows']): continue
+            res['rows'].append(with_regrets(found(case, seed)))
+            a.out.write_text(json.dumps(res, indent=1)+'\n')
+            print(case, seed, {k:(f"{o['lr']:.2g}",o['regret'],o['s']) for k,o in res['rows'][-1]['found'].items()}, flush=True)
+
+if __name__=='__main__': main()
