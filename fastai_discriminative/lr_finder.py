@@ -116,8 +116,9 @@ def plot(self:FoundRates,
     ax = ax or plt.subplots(figsize=figsize, layout='constrained')[1]
     cs = plt.cm.cividis(np.linspace(0, .9, max(1, len(self.curves))))
     for (name,(rates,ys)),c in zip(self.curves.items(), cs): ax.plot(rates, ys, color=c, marker='o' if self.method=='trials' else None, lw=1.8, label=name)
-    if self.method!='groups': ax.axvline(self.lrs[self.n_body-1] or self.lrs[-1], color='#D55E00', ls='--', label='found, end of the body')
-    ax.set(xscale='log', xlabel='learning rate', ylabel='share of the knowledge lost' if self.method=='trials' else 'smoothed training loss')
+    if self.method!='groups': ax.axvline(self.lrs[-1], color='#D55E00', ls='--', label='found')
+    if self.method=='trials': ax.axhline(.35, color='#009E73', ls=':', label='bearable in a fit of some hundred steps')
+    ax.set(xscale='log', xlabel='learning rate' if self.method=='groups' else 'learning rate of the head', ylabel='share of the knowledge lost' if self.method=='trials' else 'smoothed training loss')
     ax.legend(frameon=False, fontsize=8, ncol=1+len(self.curves)//12)
     ax.grid(alpha=.25)
     return ax
@@ -138,6 +139,8 @@ def _joint(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):
     lr = _suggested(last, losses, num_it, rule)
     return [lr*r/rel[-1] for r in rel],f"`{rule.__name__}` of a range test along the preset's slope, {len(seen)} steps.",'clear' if _drop(losses)>.1 else 'weak',{'all':(last,losses)}
 
+
+# %% ../nbs/09_lr_finder.ipynb #4970b501
 def _groups(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):
     still,curves = SchedNo(0., 0.),{}
     for i,g in enumerate(groups):
@@ -155,8 +158,9 @@ def _trials(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):
     with as_it_was(learn): trials = auto._search(learn, n)
     hi,why = auto._conclude(trials, case)
     if not hi: raise ReportError(f"{why} Train the head first, or longer.")
-    bad = [t.damage>.35 for t in trials]
-    return auto.at(hi, groups),why,'clear' if any(bad) and not all(bad) else 'weak',{'all':([t.lr for t in sorted(trials, key=lambda t: t.lr)],[t.damage for t in sorted(trials, key=lambda t: t.lr)])}
+    trials.sort(key=lambda t: t.lr)
+    edge = any(t.damage>.35 for t in trials)
+    return auto.at(hi, groups),why,'clear' if edge else 'weak',{'all':([t.lr for t in trials],[t.damage for t in trials])}
 
 _methods = dict(trials=_trials, joint=_joint, groups=_groups)
 

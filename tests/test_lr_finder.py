@@ -1,12 +1,11 @@
 "`lr_find_groups`: fastai's curve where all groups go together, one course a group, trials; everything put back; what it refuses"
 import math,random
-from copy import deepcopy
 
 import numpy as np,pytest,torch
 import matplotlib.pyplot as plt
 from fastai.callback.schedule import SuggestionMethod
 from fastai.callback.tracker import SaveModelCallback
-from fastai.vision.all import Adam,Callback,CrossEntropyLossFlat,accuracy,set_seed
+from fastai.vision.all import Adam,Callback,accuracy,set_seed
 
 from fastai_discriminative.all import *
 from fastai_discriminative import auto as at
@@ -21,9 +20,12 @@ def learn(dls):
 
 def state(learn):
     "All that a finder has to leave alone"
-    return dict(w=weights(learn), opt=learn.opt, moments=str(learn.opt.state_dict()), frozen=learn.opt.frozen_idx, flags=flags(learn), modes=[m.training for m in learn.model.modules()],
-        grads=[None if p.grad is None else p.grad.clone() for p in learn.model.parameters()], torch=torch.get_rng_state(), numpy=str(np.random.get_state()), python=random.getstate(),
-        order=[dl.rng.getstate() for dl in learn.dls.loaders], cbs=list(learn.cbs), values=list(learn.recorder.values), own={k:v for k,v in learn.__dict__.items() if k!='opt'})
+    m,opt = learn.model,learn.opt
+    grads = [None if p.grad is None else p.grad.clone() for p in m.parameters()]
+    model = dict(w=weights(learn), flags=flags(learn), modes=[o.training for o in m.modules()], grads=grads)
+    rand = dict(torch=torch.get_rng_state(), numpy=str(np.random.get_state()), python=random.getstate(), order=[dl.rng.getstate() for dl in learn.dls.loaders])
+    own = {k:v for k,v in learn.__dict__.items() if k!='opt'}
+    return dict(model, **rand, opt=opt, moments=str(opt.state_dict()), frozen=opt.frozen_idx, cbs=list(learn.cbs), values=list(learn.recorder.values), own=own)
 
 def unchanged(a, b):
     assert same(a.pop('w'), b.pop('w')) and torch.equal(a.pop('torch'), b.pop('torch'))
@@ -43,8 +45,10 @@ def test_one_course_for_all_is_the_curve_of_fastai(dls):
         if not fast: learn.split()
         for dl in learn.dls.loaders: dl.rng = random.Random(3)
         set_seed(2)
-        if fast: learn.lr_find(1e-5, 1., 20, show_plot=False, suggest_funcs=None)
-        curves.append(([float(o) for o in learn.recorder.lrs],[float(o) for o in learn.recorder.losses]) if fast else learn.lr_find_groups('joint', ratio=1., start_lr=1e-5, end_lr=1., num_it=20).curves['all'])
+        if fast:
+            learn.lr_find(1e-5, 1., 20, show_plot=False, suggest_funcs=None)
+            curves.append([list(map(float, o)) for o in (learn.recorder.lrs,learn.recorder.losses)])
+        else: curves.append(learn.lr_find_groups('joint', ratio=1., start_lr=1e-5, end_lr=1., num_it=20).curves['all'])
     assert len(curves[0][0])>len(dls.train) and curves[0][1]==curves[1][1]
     assert curves[0][0]==pytest.approx(curves[1][0], rel=1e-6)
 
