@@ -51,7 +51,10 @@ def one_input(
     "The inputs of one validation batch, or of a training batch where there is none"
     dls = learn.dls
     dl = dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False, drop_last=False, num_workers=0)
-    with same_random(): b = learn._set_device(base_dl(dl).one_batch())
+    dl = base_dl(dl)
+    order = vars(dl).get('rng')
+    with same_random(): b = learn._set_device(dl.one_batch())
+    if order: dl.rng = order
     return tuple(o.as_subclass(Tensor) if isinstance(o, TensorBase) else o for o in b[:n_inputs(dls, b)])
 
 # %% ../nbs/05a_probe.ipynb #671a5465
