@@ -219,7 +219,7 @@ def _takes_preset(name, arg):
     sig = inspect.signature(f)
     @wraps(f)
     def _f(self, *args, resume=None, **kwargs):
-        b = sig.bind(self, *args, **kwargs)
+        b,was = sig.bind(self, *args, **kwargs),vars(self).get('peak_lrs')
         cbs = L(b.arguments.get('cbs')).map(lambda o: o() if isinstance(o, type) and issubclass(o, HoldingCallback) else o)
         if cbs: b.arguments['cbs'] = cbs
         if arg in b.arguments: b.arguments[arg] = _resolve_lr(self, b.arguments[arg], cbs, _n_epoch(b))
@@ -227,6 +227,9 @@ def _takes_preset(name, arg):
         try:
             _light_schedules(in_layer_groups(self) and name!='fit') # they are made before the others call `fit`
             return run_fit(self, partial(f, *b.args, **b.kwargs), resume, dict(fit=name, **{k:v for k,v in b.arguments.items() if k not in ('self','cbs')}), cbs)
+        except ResumeError:
+            if in_layer_groups(self): self.peak_lrs = was
+            raise
         finally:
             _light_schedules(False)
             for cb in [*self.cbs, *cbs]:

@@ -38,11 +38,9 @@ def _told(o):
 # %% ../nbs/05f_resume.ipynb #634269e4
 def _differences(was, now, name=''):
     "What differs between two results of `_told`, a sentence each"
-    if isinstance(was, dict) and isinstance(now, dict) or isinstance(was, list) and isinstance(now, list) and len(was)==len(now) and any(isinstance(o, dict) for o in was):
-        keys = dict.fromkeys([*now, *was]) if isinstance(was, dict) else range(len(was))
-        for k in keys:
-            a,b = (o.get(k, 'missing') if isinstance(o, dict) else o[k] for o in (was,now))
-            yield from _differences(a, b, f'{name} {k}'.strip())
+    if isinstance(was, list) and isinstance(now, list) and any(isinstance(o, dict) for o in was): was,now = (dict(enumerate(o)) for o in (was,now))
+    if isinstance(was, dict) and isinstance(now, dict):
+        for k in dict.fromkeys([*now, *was]): yield from _differences(was.get(k, 'missing'), now.get(k, 'missing'), f'{name} {k}'.strip())
     elif not _same(was, now): yield f'{name} is {_short(was)} there and {_short(now)} here'
 
 def _same(a, b):
@@ -83,7 +81,7 @@ def _told_fit(learn, call):
 class _Unkept(Exception): "No number, text, tensor, or list or dict of these"
 
 _kinds = dict(list=list, tuple=tuple, set=set, L=L)
-_ours = __name__.partition('.')[0]
+_ours = 'fastai_discriminative'
 
 def _pack(o, memo):
     "`o` in plain lists and dicts; the same object again for what is in `memo`"
