@@ -330,7 +330,7 @@ def fit_strategy(self:Learner,
     monitor:str|None=None, # What `auto` keeps the best of: a metric or `'valid_loss'`; the first metric if `None`
     comp=None, # `np.greater` if more of it is better, `np.less` if not; found out by the name if `None`
     start_epoch:int=0, # Go on with this epoch of the whole fit, with the weights as they are
-    resume:str|Path|None=None # File to write to at the end of each epoch, and to go on from where it is there: see `ResumeError`
+    resume:str|Path|None=None # File to write to at the end of each epoch, and to go on from if it is there, bit for bit; see the page on `resume`
 )->None: # Nothing; the learner is trained in place
     "Fine-tune by a strategy, in one fit; raises `StrategyError` or `PresetError` before anything moves. A learner without layer groups is split first"
     if isinstance(strategy, int): strategy,n_epoch = 'auto',strategy

@@ -124,19 +124,15 @@ class BestPoint(KeepBest):
         super().after_epoch()
         if self.learn.strategy_run.is_boundary and len(self.recorder.values[-1])>self._i: self._add('end' if self.is_last else 'head', self.recorder.values[-1])
 
+    def state_dict(self): return {**super().state_dict(), 'average': self.average and self.average.state_dict()}
+    def load_state_dict(self, sd):
+        average = sd.pop('average')
+        super().load_state_dict(sd)
+        if average:
+            self.average = WeightAverage(self.learn.model, 1)
+            self.average.load_state_dict(average)
+
 # %% ../nbs/07c_points.ipynb #a03f84c0
-@patch
-def state_dict(self:BestPoint): return {**super(BestPoint, self).state_dict(), 'average': self.average and self.average.state_dict()}
-
-@patch
-def load_state_dict(self:BestPoint, sd):
-    average = sd.pop('average')
-    super(BestPoint, self).load_state_dict(sd)
-    if average:
-        self.average = WeightAverage(self.learn.model, 1)
-        self.average.load_state_dict(average)
-
-# %% ../nbs/07c_points.ipynb #de3c0363
 @patch
 def _add(self:BestPoint, name, row):
     "Note the point `name`, which was just validated"

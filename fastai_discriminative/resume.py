@@ -197,7 +197,7 @@ def _put_cb(cb, s, unpack):
     else: _put_each(cb, s['attrs'], unpack)
 
 # %% ../nbs/05f_resume.ipynb #4309b5cc
-_of_learner = ('epoch','n_epoch','train_iter','pct_train','training','smooth_loss','final_record','peak_lrs','auto_evidence')
+_of_learner = ('epoch','n_epoch','train_iter','pct_train','training','smooth_loss','final_record','peak_lrs','auto_evidence','scaler') # the last one is mixed precision's
 
 def _tensors(model): return {**dict(model.named_buffers()), **{k:v for k,v in model.state_dict().items() if isinstance(v, Tensor)}} # with buffers that fastai does not save
 
@@ -210,7 +210,8 @@ def _learner_state(learn):
     pack,loaders = partial(_pack, memo={}),[o.getstate() if isinstance(o, random.Random) else o.get_state() for o in _loader_dice(learn.dls)]
     res = _model_state(unwrap_model(learn.model))
     res.update(opt=pack(learn.opt.state_dict()), frozen=learn.opt.frozen_idx, pinned=sorted(learn.true_freeze.pinned))
-    res.update(learner={k:pack(vars(learn)[k]) for k in _of_learner if k in vars(learn)}, cbs={k:_cb_state(cb, pack) for k,cb in _named_cbs(learn.cbs).items()})
+    res['learner'] = _each({k:vars(learn)[k] for k in _of_learner if k in vars(learn)}, pack)
+    res['cbs'] = {k:_cb_state(cb, pack) for k,cb in _named_cbs(learn.cbs).items()}
     return {**res, 'dice':_all_ranks(pack(dict(all=random_state(), loaders=loaders)))}
 
 # %% ../nbs/05f_resume.ipynb #b106835c
@@ -239,7 +240,7 @@ def _put_learner(learn, s, cbs):
     _freeze_as(learn, s['frozen'], s['pinned'])
     _put_model(unwrap_model(learn.model), s)
     learn.opt.load_state_dict(unpack(s['opt']))
-    for k,v in s['learner'].items(): setattr(learn, k, unpack(v))
+    _put_each(learn, s['learner'], unpack)
     for k,cb in _named_cbs(cbs).items():
         if k in s['cbs']: _put_cb(cb, s['cbs'][k], unpack)
     dice = unpack(s['dice'][rank_distrib()])
@@ -295,7 +296,9 @@ class FitFile:
         if any(o!=epochs[0] for o in epochs): raise ResumeError(f"The processes do not see the same '{self.path}'. Name a file in a folder that all of them share.")
 
     @property
-    def is_complete(self)->bool: return self.state is not None and self.state['complete']
+    def is_complete(self)->bool:
+        "Is the fit in the file over?"
+        return self.state is not None and self.state['complete']
 
     def put(self,
         learn, # The `Learner` of the fit
@@ -316,11 +319,12 @@ def write(self:FitFile,
 ):
     "Write the file anew"
     start = time.time()
-    if 0<epoch<learn.n_epoch and start-self._at<_write_share*self._cost: return
+    if _all_ranks(0<epoch<learn.n_epoch and start-self._at<_write_share*self._cost)[0]: return
     try: state = dict(fit_file=_version, told=self.told, epoch=epoch, complete=complete, learn=_learner_state(learn))
     except _Unkept as e: raise ResumeError(f"The `state_dict` of the optimiser or of a callback holds a {e}, which the file cannot. It can hold numbers, text, tensors, and lists and dicts of these.") from e
     state['cbs_with_state'] = [k for k,s in state['learn']['cbs'].items() if s.get('own') or s.get('attrs')]
     if rank_distrib()==0: self._save(state, epoch)
+    _all_ranks(None) # nobody reads before it is there
     self._at = time.time()
     self._cost = self._at-start
 
@@ -356,7 +360,7 @@ def run_fit(
     resume, # File to write to and to go on from, or a `FitFile`; `None` for neither
     call:dict, # Name -> argument, what has to be the same when the fit goes on
     cbs=(), # Callbacks of the fit besides the learner's own
-):
+)->None: # Nothing, or what `fit` returns
     "`fit()`, which writes to `resume` at the end of each epoch, or goes on from there; raises `ResumeError`, and changes nothing, if it cannot"
     if resume is None: return fit()
     if not in_layer_groups(learn): raise ResumeError("`resume` needs layer groups. Call `learn.split()` first.")

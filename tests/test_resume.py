@@ -194,6 +194,23 @@ def test_in_the_same_process_too(bright, tmp_path):
     fits['auto'](learn, resume=tmp_path/'fit.pt')
     equal(whole, state(learn))
 
+def test_what_a_scaler_of_gradients_has_learnt(bright, tmp_path):
+    "Mixed precision keeps its scaler in the learner while it trains"
+    class Scaler:
+        scale = 1
+        def state_dict(self): return dict(scale=self.scale)
+        def load_state_dict(self, sd): self.scale = sd['scale']
+    class Scales(Callback):
+        def before_fit(self): self.learn.scaler = Scaler()
+        def after_batch(self):
+            if self.training: self.learn.scaler.scale *= 2
+        def after_fit(self): self.end,self.learn.scaler = self.learn.scaler.scale,None
+    def make(): return pre_plain(bright_dls(bright)).split(3)
+    with pytest.raises(KeyboardInterrupt): make().fit_one_cycle(3, 1e-3, cbs=[Scales(), Cut(9)], resume=tmp_path/'fit.pt')
+    cb = Scales()
+    make().fit_one_cycle(3, 1e-3, cbs=cb, resume=tmp_path/'fit.pt')
+    assert cb.end==2**12
+
 # ---- other fits
 
 def other_data(path, drop=(), bs=8):
