@@ -1,5 +1,6 @@
 "A fit that was cut off goes on from its file, to the bit as if nothing had happened; and no other fit does"
 import json,os,random,shutil,signal,subprocess,sys,tempfile,traceback,warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np,pytest,torch
@@ -63,20 +64,25 @@ def equal(a, b, at=''):
     else: assert np.array_equal(a, b, equal_nan=isinstance(a, float)), (at, a, b)
     return True
 
+@lru_cache
+def whole(name, images):
+    "The end of fit `name` that nobody stopped"
+    learn = first(images)
+    fits[name](learn)
+    return state(learn)
+
 @pytest.mark.parametrize('name,cuts', [('one_cycle',(0,6)), ('lp_ft',(5,17)), ('gradual',(9,)), ('auto',(2,14,18))])
 def test_cut_off_at_some_batch(name, cuts, bright, tmp_path):
     "Cut off several times, each time going on in a new learner"
-    learn = first(bright)
-    fits[name](learn)
-    whole,k = state(learn),len(learn.dls.train)
+    end,k = whole(name, bright),4
     for i,c in enumerate(cuts):
         learn = (other if i else first)(bright)
         with pytest.raises(KeyboardInterrupt): fits[name](learn, resume=tmp_path/'fit.pt', cbs=Cut(c))
     learn,spy = other(bright),Spy()
     fits[name](learn, resume=tmp_path/'fit.pt', cbs=spy)
-    assert len(spy.lrs)==len(whole['lrs'])-c//k*k
-    equal(whole, state(learn))
-    assert name!='auto' or 'trial at' in whole['evidence']
+    assert len(spy.lrs)==len(end['lrs'])-c//k*k and k==len(learn.dls.train)
+    equal(end, state(learn))
+    assert name!='auto' or 'trial at' in end['evidence']
     assert sorted(o.name for o in tmp_path.iterdir())==['fit.pt'] and '_do_fit' not in vars(learn)
 
 def cut(path, fname, at, fit=fits['one_cycle'], cbs=(), make=first, **kwargs):
@@ -187,12 +193,9 @@ def test_the_state_of_a_callback_that_is_gone(bright, tmp_path):
 
 def test_in_the_same_process_too(bright, tmp_path):
     "A notebook whose cell is stopped and run once more"
-    learn = first(bright)
-    fits['auto'](learn)
-    whole = state(learn)
     learn = cut(bright, tmp_path/'fit.pt', 14, fits['auto'])
     fits['auto'](learn, resume=tmp_path/'fit.pt')
-    equal(whole, state(learn))
+    equal(whole('auto', bright), state(learn))
 
 def test_what_a_scaler_of_gradients_has_learnt(bright, tmp_path):
     "Mixed precision keeps its scaler in the learner while it trains"
