@@ -37,6 +37,7 @@ Modules:
 - `fastai_discriminative.probe`: Ask a model and its data something, and leave both as they were
 - `fastai_discriminative.registry`: Which family an architecture belongs to, and what the package knows about that family
 - `fastai_discriminative.report`: What a fine-tune did to the pretrained layers: how far they moved, and whether they still say the same
+- `fastai_discriminative.resume`: A fit that goes on where it was killed, bit for bit as if nothing had happened
 - `fastai_discriminative.rules`: Four rules that any splitter has to keep, and what breaks them by name
 - `fastai_discriminative.schedules`: Schedules and a recorder that cost next to nothing a batch, and give the same numbers bit for bit
 - `fastai_discriminative.strategies`: Every common practice of fine-tuning by name, with its source

@@ -100,12 +100,13 @@ def _trial_steps(n_steps): return min(_most_steps, int(_trial_share*n_steps/(1.2
 # %% ../nbs/08a_auto.ipynb #f7dd9a6a
 class _AutoRates:
     "Rates for the body, measured at the first epoch"
-    def __init__(self, preset, n_epoch): self.preset,self.n_epoch,self.lrs = preset,n_epoch,None
+    def __init__(self, preset, n_epoch): self.preset,self.n_epoch = preset,n_epoch
     def __call__(self, learn, epoch):
         if not hasattr(learn, 'strategy_run'): return self.at(self.preset.lr_high, learn.splitter.find(learn.model)) # for a picture
-        if self.lrs is None: self.lrs = self._measure(learn)
-        if not self.lrs: raise CancelFitException
-        return self.lrs
+        known = getattr(learn, 'auto_evidence', None)
+        lrs = known.lrs if known is not None and known.points is learn.best_point.points else self._measure(learn) # once a fit
+        if not lrs: raise CancelFitException
+        return lrs
 
     def at(self, hi, groups):
         "A rate for each of `groups`: `hi` for the head and the end of the body, at most a tenth at its start"

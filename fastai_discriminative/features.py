@@ -24,6 +24,7 @@ from .groups import *
 from .backbone import *
 from .probe import *
 from .holding import *
+from .resume import *
 from .freeze import *
 from .prefix import *
 from .keys import *
@@ -202,6 +203,9 @@ class _RowKeeper(HoldingCallback):
         rows,k,(idxs,world) = None,max(1, self.n_views) if i==0 else 1,_share_of(len(dl.dataset))
         parts = _parts(self.learn, dl, k, None if i else 0 if self.n_views else 1)
         with same_random(), _autocast(self.learn) or nullcontext(), closing(parts):
+            again = self._again.pop(i, None)
+            if again and again[0]==self.opt.frozen_idx: set_random_state(again[1])
+            self._dice[i] = self.opt.frozen_idx,random_state()
             for o in _bar(self.learn, parts, k*math.ceil(len(idxs)/dl.bs)):
                 if rows is None: prefix = frozen_prefix(self.learn, o.xb)
                 feats = prefix.features(*o.xb)
@@ -250,6 +254,7 @@ class CachedFeatures(_RowKeeper):
 
     def _reset(self):
         self.rows,self._tmp,self._views = {},None,torch.Generator()
+        self._dice,self._again = {},{} # loader -> frozen groups and random numbers when its rows were made: here, and in the process that a fit goes on from
         self._on,self._held,self._full,self._seen = None,None,set(),set()
 
     def release(self):
@@ -268,6 +273,11 @@ class CachedFeatures(_RowKeeper):
     def __setstate__(self, d):
         vars(self).update(d)
         self._reset()
+
+    def state_dict(self): return dict(views=self._views.get_state(), dice=self._dice)
+    def load_state_dict(self, sd):
+        self._views.set_state(sd['views'])
+        self._again = sd['dice']
 
     def __enter__(self): return self
     def __exit__(self, *args): self.close()

@@ -33,6 +33,7 @@ from .probe import *
 from .holding import *
 from .freeze import *
 from .schedules import _light_recorder,_light_schedules
+from .resume import *
 
 # %% ../nbs/06_learner.ipynb #ab5f38bf
 def _check_lr(lr, groups):
@@ -145,8 +146,13 @@ def _freeze(learn):
     groups = learn.splitter.find(learn.model)
     learn.freeze_to(min(groups.n_body, len(groups)-1))
 
+def _fine_tune(learn, *args, resume=None, **kwargs):
+    if resume is not None: raise ResumeError("`fine_tune` is two fits, and a file holds one. Use `fit_strategy('discriminative', n, resume='file')`.")
+    return Learner.fine_tune._stock(learn, *args, **kwargs)
+
 _takes_groups('freeze_to', _freeze_to)
 _takes_groups('freeze', _freeze)
+_takes_groups('fine_tune', _fine_tune)
 
 # %% ../nbs/06_learner.ipynb #afa84d8f
 _sizes = WeakKeyDictionary()
@@ -213,15 +219,18 @@ def _takes_preset(name, arg):
     f = getattr(f, '_stock', f)
     sig = inspect.signature(f)
     @wraps(f)
-    def _f(self, *args, **kwargs):
-        b = sig.bind(self, *args, **kwargs)
+    def _f(self, *args, resume=None, **kwargs):
+        b,was = sig.bind(self, *args, **kwargs),vars(self).get('peak_lrs')
         cbs = L(b.arguments.get('cbs')).map(lambda o: o() if isinstance(o, type) and issubclass(o, HoldingCallback) else o)
         if cbs: b.arguments['cbs'] = cbs
         if arg in b.arguments: b.arguments[arg] = _resolve_lr(self, b.arguments[arg], cbs, _n_epoch(b))
         elif not any(isinstance(o, ParamScheduler) for o in L(cbs)): _resolve_lr(self, None)
         try:
             _light_schedules(in_layer_groups(self) and name!='fit') # they are made before the others call `fit`
-            return f(*b.args, **b.kwargs)
+            return run_fit(self, partial(f, *b.args, **b.kwargs), resume, dict(fit=name, **{k:v for k,v in b.arguments.items() if k not in ('self','cbs')}), cbs)
+        except ResumeError:
+            if in_layer_groups(self): self.peak_lrs = was
+            raise
         finally:
             _light_schedules(False)
             for cb in [*self.cbs, *cbs]:

@@ -7,7 +7,7 @@ callbacks that see all of it, and moments of the optimiser that survive when lay
 
 # %% auto #0
 __all__ = ['Phase', 'StrategyRun', 'KeepBest', 'Strategy', 'register_strategy', 'list_strategies', 'find_strategy',
-           'StrategyError']
+           'StrategyError', 'ResumeError']
 
 # %% ../nbs/07b_phases.ipynb #752ce460
 import inspect,math,warnings
@@ -16,23 +16,21 @@ from dataclasses import dataclass,replace
 from fastai.basics import *
 from fastai.callback.schedule import SchedCos,SchedLin
 from fastai.callback.tracker import TerminateOnNaNCallback
-from fastai.optimizer import Adam
 
 from .core import *
 from .groups import *
 from .probe import *
 from .holding import *
 from .schedules import _combine_scheds
+from .resume import *
 from .learner import *
 from .learner import _check_units,_resolve_lr
 from .features import *
 
 # %% ../nbs/07b_phases.ipynb #d830c892
-_all_ = ['StrategyError']
+_all_ = ['StrategyError','ResumeError']
 
 # %% ../nbs/07b_phases.ipynb #e0d29faf
-def _flat(pct): return 1.
-
 def _stages(start, *parts):
     "A function of [0,1] through `parts`, `(share of the time, schedule, value at the end)`, that begins with `start`"
     ends = [start, *[o[2] for o in parts]]
@@ -41,7 +39,7 @@ def _stages(start, *parts):
 _schedules = dict(
     one_cycle=(_stages(.04, (.25,SchedCos,1.), (.75,SchedCos,1e-5)), _stages(.95, (.25,SchedCos,.85), (.75,SchedCos,.95))), # the rise and fall of `fit_one_cycle`
     flat_cos=(_stages(1., (.75,SchedLin,1.), (.25,SchedCos,1e-5)), None), # `fit_flat_cos`
-    cos=(SchedCos(1., 0.), None), flat=(_flat, None),
+    cos=(SchedCos(1., 0.), None), flat=(lambda pct: 1., None),
     slanted=(_stages(1/32, (.1,SchedLin,1.), (.9,SchedLin,1/32)), None)) # Howard and Ruder 2018, section 3.2
 
 # %% ../nbs/07b_phases.ipynb #0df376a5
@@ -92,7 +90,7 @@ def _per_group(lr, n):
 # %% ../nbs/07b_phases.ipynb #cecf85db
 class StrategyRun(HoldingCallback):
     "Runs phases within one fit; added by `fit_strategy`"
-    order = 2 # after the model has gone to train mode, before `TrueFreeze` and `CachedFeatures`
+    order,kept = 2,('hps','_mom') # after the model has gone to train mode, before `TrueFreeze` and `CachedFeatures`
     def __init__(self,
         phases:list, # Of `Phase`
         cached:CachedFeatures|None=None, # Callback for phases on cached features
@@ -183,11 +181,11 @@ def _lower_is_better(metric): return 'loss' in metric or 'error' in metric
 
 class KeepBest(HoldingCallback):
     "Keep the weights of the best epoch, and put them back when the fit is over or interrupted; added by `fit_strategy` for strategies that ask for it"
-    order = 59 # after `Recorder`, before `ProgressCallback`, which writes the rows
+    order,kept = 59,('best','_state','_epoch','_row') # after `Recorder`, before `ProgressCallback`, which writes the rows
     def __init__(self,
         monitor:str|None=None, # Metric, or `'valid_loss'`; the first metric if `None`
         comp=None # `np.greater` if more is better; found out by the name if `None`
-    ): self.monitor,self.comp,self.best,self._state = monitor,comp,None,None
+    ): self.monitor,self.comp,self.best,self._model,self._state = monitor,comp,None,None,None
 
     def _is_better(self, a, b):
         if b is None or not math.isfinite(b[0]): return math.isfinite(a[0])
@@ -204,7 +202,7 @@ class KeepBest(HoldingCallback):
         self.monitor = self.monitor or next((o for o in names[self._loss+1:] if o!='time'), 'valid_loss')
         if self._loss<0 or self.monitor not in names or self.monitor=='time': raise StrategyError(f"No metric {self.monitor!r} to keep the best of.{near_matches(self.monitor, names)} There are: {', '.join(names[:-1])}.")
         if self.comp is None: self.comp = np.less if _lower_is_better(self.monitor) else np.greater
-        self._i,self.best = names.index(self.monitor),None
+        self._i,self.best,self._model = names.index(self.monitor),None,self.learn.model
 
 # %% ../nbs/07b_phases.ipynb #a9503430
 @patch
@@ -215,7 +213,7 @@ def after_epoch(self:KeepBest):
     now = float(row[self._i]),float(row[self._loss])
     if not self._is_better(now, self.best): return
     self.best,self._epoch,self._row = now,self.epoch,row
-    self._state = self.learn.model,{k:v.detach().to('cpu', copy=True) for k,v in self.learn.model.state_dict().items()}
+    self._state = {k:v.detach().to('cpu', copy=True) for k,v in self.learn.model.state_dict().items()}
 
 # %% ../nbs/07b_phases.ipynb #3814dffb
 @patch
@@ -230,7 +228,7 @@ def _add_row(self:KeepBest, row, name, epoch):
 @patch
 def restore(self:KeepBest):
     "Put the best epoch's weights into the model"
-    if self._state is not None: self._state[0].load_state_dict(self._state[1])
+    if self._state is not None: self._model.load_state_dict(self._state)
 
 @patch
 def after_fit(self:KeepBest):
@@ -243,7 +241,7 @@ def after_fit(self:KeepBest):
 def release(self:KeepBest):
     super(KeepBest, self).release()
     self.restore()
-    self._state = None
+    self._model,self._state = None,None
 
 # %% ../nbs/07b_phases.ipynb #fae19469
 @dataclass
@@ -331,31 +329,34 @@ def fit_strategy(self:Learner,
     cbs=None, # Callbacks, which see all phases as one fit
     monitor:str|None=None, # What `auto` keeps the best of: a metric or `'valid_loss'`; the first metric if `None`
     comp=None, # `np.greater` if more of it is better, `np.less` if not; found out by the name if `None`
-    start_epoch:int=0 # Go on with this epoch of the whole fit, for example after an interrupt
+    start_epoch:int=0, # Go on with this epoch of the whole fit, with the weights as they are
+    resume:str|Path|None=None # File to write to at the end of each epoch, and to go on from if it is there, bit for bit; see the page on `resume`
 )->None: # Nothing; the learner is trained in place
     "Fine-tune by a strategy, in one fit; raises `StrategyError` or `PresetError` before anything moves. A learner without layer groups is split first"
     if isinstance(strategy, int): strategy,n_epoch = 'auto',strategy
     s,cbs = _as_strategy(strategy),L(cbs)
     if isinstance(s, Strategy):
         _n_epochs(n_epoch)
-        if s.fit and start_epoch: raise StrategyError(f"{s.name!r} is no list of phases, so it cannot go on in the middle. Leave out `start_epoch`.")
+        if s.fit and (start_epoch or resume): raise StrategyError(f"{s.name!r} is no list of phases, so it cannot go on in the middle. Leave out `start_epoch` and `resume`.")
+        if s.keep_best and start_epoch: raise StrategyError(f"{s.name!r} chooses by what it saw earlier in the fit, and `start_epoch` does not bring that back. Use `resume='file'`, from the first call on.")
         if s.fit: return s.fit(self, n_epoch, cbs=cbs, wd=wd)
         if s.keep_best: _check_valid(self, s)
     _ready(self)
     phases = _plan(self, s, n_epoch, cbs)
     keeper = (KeepBest if s.keep_best is True else s.keep_best)(monitor, comp) if isinstance(s, Strategy) and s.keep_best else None
-    _fit_phases(self, phases, keeper, wd, cbs, start_epoch)
+    file = resume and FitFile(resume, strategy=getattr(s, 'name', 'a list'), n_epoch=n_epoch, phases=phases, monitor=monitor, comp=comp)
+    _fit_phases(self, phases, keeper, wd, cbs, start_epoch, file)
 
 # %% ../nbs/07b_phases.ipynb #077f479b
 def _check_valid(learn, s):
     if len(learn.dls.loaders)>1 and len(learn.dls.valid): return
     raise StrategyError(f"{s.name!r} keeps the weights that are best on a validation set, and this learner has none. Split the data, or use 'lp_ft', which needs none.")
 
-def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch):
+def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch, file):
     own = next((o for o in cbs if isinstance(o, CachedFeatures)), None)
     cached = own or (CachedFeatures() if any(p.cached for p in phases) else None)
     extra = [StrategyRun(phases, cached, close=cached is not own)] + [cached]*(cached is not own) + ([keeper, TerminateOnNaNCallback()] if keeper else [])
-    try: learn.fit(sum(p.n_epoch for p in phases), wd=wd, cbs=[*extra, *cbs], start_epoch=start_epoch)
+    try: learn.fit(sum(p.n_epoch for p in phases), wd=wd, cbs=[*extra, *cbs], start_epoch=start_epoch, resume=file)
     finally:
         if cached is not own: cached.close()
 
@@ -383,11 +384,10 @@ def plot_strategy(self:Learner,
     "Layer groups over time, coloured by learning rate; frozen ones are hatched. Of rates that are measured, those with which the measuring begins"
     from matplotlib.colors import LogNorm
     _ready(self)
-    s = _as_strategy(strategy)
-    phases,peak = _plan(self, s, n_epoch),self.peak_lrs
+    s,groups,peak = _as_strategy(strategy),self.splitter.find(self.model),self.peak_lrs
+    phases = _plan(self, s, n_epoch)
     rates,edges,ends = _picture(self, phases)
     self.peak_lrs = peak
-    groups = self.splitter.find(self.model)
     ax = ax or plt.subplots(figsize=(7, .9+.24*len(groups)), layout='constrained')[1]
     ax.patch.set(facecolor='#e8e8e8', hatch='////', edgecolor='#bbbbbb')
     m = ax.pcolormesh(edges, np.arange(len(groups)+1), np.ma.masked_invalid(np.maximum(rates, 1e-8)), norm=LogNorm(1e-7, 1e-2), cmap='viridis', rasterized=True)

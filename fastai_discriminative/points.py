@@ -43,6 +43,16 @@ class WeightAverage:
         with torch.no_grad():
             for t,a,b in zip(self.live, self.start, self.mean): t.copy_(torch.lerp(a, b, share))
 
+    def state_dict(self)->dict: # Numbers and lists of tensors
+        "All but the weights themselves"
+        return {k:v for k,v in vars(self).items() if k!='live'}
+
+    def load_state_dict(self,
+        sd:dict, # From `state_dict`
+    ):
+        "Go on as after `state_dict`"
+        vars(self).update(sd)
+
 # %% ../nbs/07c_points.ipynb #c5fb5a9f
 def has_classes(
     loss_func, # The learner's loss
@@ -82,6 +92,7 @@ def pick_point(
 # %% ../nbs/07c_points.ipynb #7d02ec53
 class BestPoint(KeepBest):
     "At the end of a strategy, leave the best of four points in the model: the head alone, the end, the average of the weights over the last phase, and halfway to it"
+    kept = (*KeepBest.kept, 'points', '_moving')
     def before_fit(self):
         super().before_fit()
         self.points,self.average,self._seen,self._moving = [],None,[],False
@@ -113,6 +124,14 @@ class BestPoint(KeepBest):
     def after_epoch(self):
         super().after_epoch()
         if self.learn.strategy_run.is_boundary and len(self.recorder.values[-1])>self._i: self._add('end' if self.is_last else 'head', self.recorder.values[-1])
+
+    def state_dict(self): return {**super().state_dict(), 'average': self.average and self.average.state_dict()}
+    def load_state_dict(self, sd):
+        average = sd.pop('average')
+        super().load_state_dict(sd)
+        if average:
+            self.average = WeightAverage(self.learn.model, 1)
+            self.average.load_state_dict(average)
 
 # %% ../nbs/07c_points.ipynb #a03f84c0
 @patch
