@@ -93,6 +93,7 @@ def _rebuilt(ddp):
         f"Layers were frozen or thawed within a fit, and {type(ddp).__name__} cannot be made anew for that. Use fastai's `distrib_ctx` without FSDP, DeepSpeed or `torch.compile` around it, "
         "and give mixed precision to the learner. Or call `freeze` and `unfreeze` between two fits.")
     ddp.reducer._remove_autograd_hooks() # or the old one would average too
+    ddp.reducer = ddp.logger = None # its buffers are as large as the gradients
     kw = {k:getattr(ddp, k) for k in _kept}
     if not getattr(ddp, 'bucket_bytes_cap_default', False): kw['bucket_cap_mb'] = ddp.bucket_bytes_cap/2**20
     res = DistributedDataParallel(ddp.module, **kw)

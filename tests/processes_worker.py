@@ -4,6 +4,7 @@ from dataclasses import replace
 warnings.simplefilter('ignore')
 from fastai.vision.all import *
 from fastai.distributed import *
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 import fastai_discriminative.auto as auto_room
 from fastai_discriminative.all import *
 from unittest.mock import patch as patched
@@ -45,6 +46,14 @@ class ThawAlone(Callback):
     "`opt.freeze_to(0)` in the second process, before the second epoch"
     def before_epoch(self):
         if self.epoch==1 and rank_distrib(): self.opt.freeze_to(0)
+
+class Hooked(Callback):
+    "Sends gradients in half precision, and notes with how many hooks each epoch ends"
+    order = 11.5 # after `DistributedTrainer`
+    def before_fit(self):
+        self.learn.hooks = []
+        self.learn.model.register_comm_hook(None, fp16_compress_hook)
+    def after_train(self): self.learn.hooks.append((id(self.learn.model), [o[0].__name__ for o in self.learn.model._comm_hooks]))
 
 class Gap(list):
     "A data set without the item 5, which is of the second process's share of features"
@@ -96,6 +105,7 @@ def more():
     "Cases that one process does not repeat"
     for name,s,frozen in (('resnet auto','auto',True),('resnet gradual','gradual_unfreeze',False)):
         yield name,partial(plain, arch='resnet10t', frozen=frozen),lambda l,s=s: l.fit_strategy(s, 3)
+    yield 'hook',plain,lambda l: l.fit_strategy(phases, cbs=Hooked())
     yield 'not finite',one_nan,lambda l: l.fit_strategy('auto', 2)
     yield 'item missing',gap,lambda l: l.fit(1, 1e-3, cbs=CachedFeatures())
     for event in ('after_pred','before_batch'): yield f'late {event}',plain,lambda l,e=event: l.fit(2, 1e-3, cbs=ThawAt(e, order=-1 if e=='after_pred' else 60))
@@ -104,6 +114,7 @@ def more():
 def result(learn):
     ev,best = getattr(learn, 'auto_evidence', None),getattr(learn, 'best_point', None)
     res = dict(state={k:v.clone() for k,v in learn.model.state_dict().items()}, values=[list(map(float, o)) for o in learn.recorder.values])
+    if hasattr(learn, 'hooks'): res.update(hooks=[o for _,o in learn.hooks], n_wrappers=len({i for i,_ in learn.hooks}))
     if ev: res.update(trials=[(t.lr,t.loss,t.damage) for t in ev.trials], lrs=ev.lrs, why=ev.why, points=[(p.name,p.loss,p.value) for p in ev.points])
     return res
 
