@@ -35,6 +35,7 @@ Modules:
 - `fastai_discriminative.prefix`: The part of a model that depends on nothing that trains, and what the rest of the model uses of it
 - `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
 - `fastai_discriminative.probe`: Ask a model and its data something, and leave both as they were
+- `fastai_discriminative.ranks`: Several processes that train one model: gradients of all that trains are averaged, and every process decides the same
 - `fastai_discriminative.registry`: Which family an architecture belongs to, and what the package knows about that family
 - `fastai_discriminative.report`: What a fine-tune did to the pretrained layers: how far they moved, and whether they still say the same
 - `fastai_discriminative.resume`: A fit that goes on where it was killed, bit for bit as if nothing had happened

@@ -17,6 +17,7 @@ from fastai.basics import *
 
 from .core import *
 from .probe import *
+from .ranks import *
 from .learner import *
 from .phases import *
 from .phases import _schedule
@@ -47,9 +48,9 @@ def _seen(learn, batches):
     "Loss on `batches`, for classes at the best temperature, and the loss of the same predictions for other samples' targets"
     with torch.no_grad(), evaluating(learn.model): outs = [batch_pred(learn, b) for b in batches]
     if has_classes(learn.loss_func, *outs[0]):
-        preds,targs = (torch.cat(o) for o in zip(*[(p,yb[0]) for p,yb in outs]))
+        preds,targs = (of_all_ranks(torch.cat(o)) for o in zip(*[(p,yb[0]) for p,yb in outs]))
         return tempered_loss(preds, targs),tempered_loss(preds, targs.roll(1))
-    def _mean(f): return sum(float(f(p, yb)) for p,yb in outs)/len(outs)
+    def _mean(f): return float(of_all_ranks(torch.stack([f(p, yb).detach() for p,yb in outs])).mean())
     return _mean(lambda p,yb: learn.loss_func(p, *yb)),_mean(lambda p,yb: learn.loss_func(p, *[y.roll(1, 0) for y in yb]))
 
 # %% ../nbs/08a_auto.ipynb #2f2ddce3
@@ -91,8 +92,8 @@ def _longer(n_steps): return min(1., (500/n_steps)**.3)
 _trial_share,_most_trials,_least_steps,_most_steps = .15,3,6,16 # of the steps; a validation costs about a fifth of the steps before it
 
 def _whole_batches(learn, k):
-    "`k` training batches; the same ones again where there are fewer"
-    bs = [b for b in some_batches(learn, k) if len(b[0])>1] # batch norms refuse a single sample
+    "`k` training batches for each process; the same ones again where there are fewer"
+    bs = [b for b in some_batches(learn, k, share=True) if len(b[0])>1] # batch norms refuse a single sample
     return [bs[i%len(bs)] for i in range(k)]
 
 def _trial_steps(n_steps): return min(_most_steps, int(_trial_share*n_steps/(1.2*_most_trials)))
@@ -115,13 +116,13 @@ class _AutoRates:
     def _search(self, learn, n_steps):
         "`Trial`s from the preset's rate up while it is bearable, or down until it is"
         groups,k = learn.splitter.find(learn.model),_trial_steps(n_steps)
-        train,valid = _whole_batches(learn, k),some_batches(learn, max(1, k//2), 1)
-        (start,chance),hi,res = _seen(learn, valid),self.preset.lr_high,[]
+        train,valid = _whole_batches(learn, k),some_batches(learn, max(1, k//2), 1, share=True)
+        (start,chance),hi,res = of_rank_0(_seen(learn, valid)),self.preset.lr_high,[]
         if not chance>1.001*start: raise StrategyError("The validation images do not tell the trained head from one that knows nothing.")
         while len(res)<_most_trials:
             with _put_back(learn):
                 _cycle(learn, self.at(hi, groups), train)
-                loss,_ = _seen(learn, valid)
+                loss,_ = of_rank_0(_seen(learn, valid))
             res.append(Trial(hi, loss, (loss-start)/(chance-start) if math.isfinite(loss) else math.inf))
             fine = [t.damage<=_bearable(n_steps) for t in res]
             if fine[-1]!=fine[0] or hi>=self.preset.head_lr: break

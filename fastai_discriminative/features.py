@@ -25,6 +25,7 @@ from .backbone import *
 from .probe import *
 from .holding import *
 from .resume import *
+from .ranks import *
 from .freeze import *
 from .prefix import *
 from .keys import *
@@ -108,7 +109,7 @@ def frozen_prefix(
 # %% ../nbs/07_features.ipynb #262acb97
 def _share_of(n):
     "Indices that this process computes, and the number of processes that do"
-    world = num_distrib() if 1<num_distrib()<=n else 1
+    world = n_ranks() if n_ranks()<=n else 1
     return list(range(rank_distrib() if world>1 else 0, n, world)),world
 
 class _Part(NamedTuple):
@@ -145,13 +146,14 @@ def _bar(learn, parts, total):
     return bar
 
 # %% ../nbs/07_features.ipynb #119e810b
-def _all_agree(ok):
-    "Is `ok` true in all processes?"
-    if num_distrib()<2: return ok
-    device = default_device() if torch.distributed.get_backend()=='nccl' else 'cpu'
-    t = torch.tensor([ok], dtype=torch.int, device=device)
-    torch.distributed.all_reduce(t, torch.distributed.ReduceOp.MIN)
-    return bool(t)
+@contextmanager
+def _all_or_none():
+    "Raise `FeatureError` here if another process raises it within"
+    err = None
+    try: yield
+    except FeatureError as e: err = e
+    if all_ranks_say(err is None): return
+    raise err or FeatureError("Another process could not keep its features. Its message says why.")
 
 # %% ../nbs/07_features.ipynb #ef597c4b
 def _share(rows, world, device, n=256):
@@ -202,7 +204,7 @@ class _RowKeeper(HoldingCallback):
         "Rows for all items of `dl`; `None`, with a warning, if they do not fit"
         rows,k,(idxs,world) = None,max(1, self.n_views) if i==0 else 1,_share_of(len(dl.dataset))
         parts = _parts(self.learn, dl, k, None if i else 0 if self.n_views else 1)
-        with same_random(), _autocast(self.learn) or nullcontext(), closing(parts):
+        with same_random(), _all_or_none(), _autocast(self.learn) or nullcontext(), closing(parts):
             again = self._again.pop(i, None)
             if again and again[0]==self.opt.frozen_idx: set_random_state(again[1])
             self._dice[i] = self.opt.frozen_idx,random_state()
@@ -212,7 +214,7 @@ class _RowKeeper(HoldingCallback):
                 if rows is None: rows = self._alloc(len(dl.dataset), k, feats, o.yb)
                 if rows is None: break
                 rows.put(o.at, feats, o.yb)
-        if not _all_agree(rows is not None): return
+        if not all_ranks_say(rows is not None): return
         rows.prefix = prefix
         return _share(rows, world, self.learn.dls.device)
 
@@ -354,5 +356,4 @@ def before_batch(self:CachedFeatures):
         "Layers were frozen or unfrozen within an epoch on cached features. Do so between epochs, in `before_epoch` or `after_epoch`.")
     if not self._held.flat: self.learn.xb,self.learn.yb = (*self.xb, *self.yb)
     _check_batch(self.learn, self._held.first, self.order)
-    m = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
-    self.next_forward(m, lambda forward, *args, **kwargs: prefix.rest(*args))
+    self.next_forward(one_ranks_model(self.model), lambda forward, *args, **kwargs: prefix.rest(*args))

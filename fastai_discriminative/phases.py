@@ -14,13 +14,13 @@ import inspect,math,warnings
 from dataclasses import dataclass,replace
 
 from fastai.basics import *
-from fastai.callback.schedule import SchedCos,SchedLin
-from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.callback.schedule import SchedCos,SchedLin,SchedNo
 
 from .core import *
 from .groups import *
 from .probe import *
 from .holding import *
+from .ranks import *
 from .schedules import _combine_scheds
 from .resume import *
 from .learner import *
@@ -39,7 +39,7 @@ def _stages(start, *parts):
 _schedules = dict(
     one_cycle=(_stages(.04, (.25,SchedCos,1.), (.75,SchedCos,1e-5)), _stages(.95, (.25,SchedCos,.85), (.75,SchedCos,.95))), # the rise and fall of `fit_one_cycle`
     flat_cos=(_stages(1., (.75,SchedLin,1.), (.25,SchedCos,1e-5)), None), # `fit_flat_cos`
-    cos=(SchedCos(1., 0.), None), flat=(lambda pct: 1., None),
+    cos=(SchedCos(1., 0.), None), flat=(SchedNo(1., 1.), None),
     slanted=(_stages(1/32, (.1,SchedLin,1.), (.9,SchedLin,1/32)), None)) # Howard and Ruder 2018, section 3.2
 
 # %% ../nbs/07b_phases.ipynb #0df376a5
@@ -143,6 +143,7 @@ def _enter(self:StrategyRun, i):
     self.at = i
     tf.freeze_to(p.frozen)
     tf.train_norm = self._norm[1] if p.train_norm is None else p.train_norm
+    tf.hold() # rates may be measured now
     if self.cached: self.cached.paused = not p.cached
     if self.close and not any(o.cached for o in self.phases[i:]): self.cached.close()
     self._share,self._moms = _schedule(p.sched)
@@ -155,7 +156,7 @@ def before_train(self:StrategyRun):
     p = self.phases[i]
     self._epoch = self.epoch-int(self.ends[i])+p.n_epoch
     lr = p.lr(self.learn, self._epoch) if callable(p.lr) else p.lr
-    self.peaks = _per_group(_resolve_lr(self.learn, lr, list(self.learn.cbs), p.n_epoch), len(self.opt.hypers))
+    self.peaks = of_rank_0(_per_group(_resolve_lr(self.learn, lr, list(self.learn.cbs), p.n_epoch), len(self.opt.hypers)))
     self.learn.peak_lrs = self.peaks
 
 # %% ../nbs/07b_phases.ipynb #86af522d
@@ -202,7 +203,7 @@ class KeepBest(HoldingCallback):
         self.monitor = self.monitor or next((o for o in names[self._loss+1:] if o!='time'), 'valid_loss')
         if self._loss<0 or self.monitor not in names or self.monitor=='time': raise StrategyError(f"No metric {self.monitor!r} to keep the best of.{near_matches(self.monitor, names)} There are: {', '.join(names[:-1])}.")
         if self.comp is None: self.comp = np.less if _lower_is_better(self.monitor) else np.greater
-        self._i,self.best,self._model = names.index(self.monitor),None,self.learn.model
+        self._i,self.best,self._model = names.index(self.monitor),None,one_ranks_model(self.learn.model)
 
 # %% ../nbs/07b_phases.ipynb #a9503430
 @patch
@@ -210,10 +211,10 @@ def after_epoch(self:KeepBest):
     row = self.recorder.values[-1]
     run = getattr(self.learn, 'strategy_run', None)
     if run is None or len(row)<=self._i or (run.phase is not None and run.phase.cached and not run.is_boundary): return
-    now = float(row[self._i]),float(row[self._loss])
+    now = tuple(of_rank_0([float(row[self._i]), float(row[self._loss])]))
     if not self._is_better(now, self.best): return
     self.best,self._epoch,self._row = now,self.epoch,row
-    self._state = {k:v.detach().to('cpu', copy=True) for k,v in self.learn.model.state_dict().items()}
+    self._state = {k:v.detach().to('cpu', copy=True) for k,v in self._model.state_dict().items()}
 
 # %% ../nbs/07b_phases.ipynb #3814dffb
 @patch
@@ -355,7 +356,7 @@ def _check_valid(learn, s):
 def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch, file):
     own = next((o for o in cbs if isinstance(o, CachedFeatures)), None)
     cached = own or (CachedFeatures() if any(p.cached for p in phases) else None)
-    extra = [StrategyRun(phases, cached, close=cached is not own)] + [cached]*(cached is not own) + ([keeper, TerminateOnNaNCallback()] if keeper else [])
+    extra = [StrategyRun(phases, cached, close=cached is not own)] + [cached]*(cached is not own) + ([keeper, StopTogether()] if keeper else [])
     try: learn.fit(sum(p.n_epoch for p in phases), wd=wd, cbs=[*extra, *cbs], start_epoch=start_epoch, resume=file)
     finally:
         if cached is not own: cached.close()

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn,update_bn
 from .core import *
 from .backbone import *
 from .probe import *
+from .ranks import *
 from .phases import *
 
 # %% ../nbs/07c_points.ipynb #bc60fd3f
@@ -95,7 +96,7 @@ class BestPoint(KeepBest):
     kept = (*KeepBest.kept, 'points', '_moving')
     def before_fit(self):
         super().before_fit()
-        self.points,self.average,self._seen,self._moving = [],None,[],False
+        self.points,self.average,self._seen,self._moving,self._valid = [],None,[],False,None
 
     @property
     def is_last(self)->bool:
@@ -119,10 +120,12 @@ class BestPoint(KeepBest):
 
     def before_validate(self): self._seen = []
     def after_batch(self):
-        if not self.training and has_classes(self.learn.loss_func, self.pred, self.yb): self._seen.append((self.pred.detach(), self.yb[0].detach()))
+        if self.training or not has_classes(self.learn.loss_func, self.pred, self.yb): return
+        self._seen.append(self.learn.to_detach((self.pred, self.yb[0]), cpu=False)) # of all processes
 
     def after_epoch(self):
         super().after_epoch()
+        self._valid = self.learn.dls[1] # this process's share, which is there until the fit is over
         if self.learn.strategy_run.is_boundary and len(self.recorder.values[-1])>self._i: self._add('end' if self.is_last else 'head', self.recorder.values[-1])
 
     def state_dict(self): return {**super().state_dict(), 'average': self.average and self.average.state_dict()}
@@ -147,11 +150,13 @@ def _validate(self:BestPoint, name):
     rec,log = self.learn.recorder,self.learn.recorder.log
     rec.log = L()
     try:
-        self.learn._do_epoch_validate()
+        self.learn._do_epoch_validate(dl=self._valid)
         row = rec.values[-1] # losses and metrics of training stand before those of validation
         self._add(name, [*row[:len(row)-len(rec.log)], *rec.log])
     finally: rec.log = log
 
+
+# %% ../nbs/07c_points.ipynb #2608475f
 @patch
 def _put(self:BestPoint, name, end):
     "Put the weights of point `name` into the model"
@@ -159,7 +164,12 @@ def _put(self:BestPoint, name, end):
     else:
         with torch.no_grad():
             for t,o in zip(self.average.live, end): t.copy_(o)
-    if name in ('head','end') or not self._moving: return
+    if name not in ('head','end') and self._moving: self._estimate_norms()
+    copy_rank_0(self.average.live) # norm statistics are each process's own
+
+@patch
+def _estimate_norms(self:BestPoint):
+    "Estimate the norm statistics of the weights that are in the model now"
     batches = [b for b in some_batches(self.learn, 20) if len(b[0])>1] # batch norms refuse a single sample
     with evaluating(self.learn.model): update_bn([b[:n_inputs(self.learn.dls, b)] for b in batches], self.learn.model)
 
@@ -171,15 +181,8 @@ def after_fit(self:BestPoint):
     for name in ('average','halfway'):
         self._put(name, end)
         self._validate(name)
-    best = self.points[_of_rank_0(self.points.index(pick_point(self.points, self.comp) or self.points[0]))]
+    best = self.points[int(of_rank_0(self.points.index(pick_point(self.points, self.comp) or self.points[0])))]
     best.taken = True
     self._put(best.name, end)
     self._state = None
     if best.name!='end': self._add_row(best.row, best.name, self.epoch)
-
-def _of_rank_0(i):
-    "The whole number `i` of the first of the processes that train together"
-    if num_distrib()<2: return i
-    t = tensor([i]).to(default_device())
-    torch.distributed.broadcast(t, 0)
-    return int(t)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten
 
 from .core import *
 from .backbone import *
+from .ranks import *
 
 # %% ../nbs/05a_probe.ipynb #e495f785
 def tensors_of(
@@ -102,6 +103,7 @@ def some_batches(
     n:int, # How many batches
     i:int=0, # Of loader `i`: 0 to train, 1 to validate
     seed:int=0, # Of the random numbers for items and transforms
+    share:bool=False, # Of items that are shared out among all processes: `n` batches for each?
 )->list: # Of batches on the model's device
     "`n` batches of loader `i`, drawn and transformed by random numbers of their own"
     dl = base_dl(learn.dls.loaders[i])
@@ -109,7 +111,9 @@ def some_batches(
         set_seed(seed)
         try:
             check_loader(dl)
-            dl = all_rows_dl(dl, np.random.permutation(len(dl.dataset))[:n*dl.bs].tolist())
+            k = n_ranks() if share else 1
+            idxs = np.random.permutation(len(dl.dataset))[:n*k*dl.bs]
+            dl = all_rows_dl(dl, idxs[:len(idxs)//k*k].reshape(-1, k)[:,rank_distrib() if k>1 else 0].tolist())
         except FeatureError: pass # its items have no numbers
         return [learn._set_device(b) for b in islice(dl, n)]
 

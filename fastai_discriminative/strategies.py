@@ -20,6 +20,7 @@ from .core import *
 from .groups import *
 from .backbone import *
 from .optimizer import fused_adamw
+from .ranks import *
 from .probe import *
 from .freeze import *
 from .phases import *
@@ -98,7 +99,7 @@ def grad_ratios(self:Learner,
 )->list: # One number a group; 0 for a frozen one
     "Norm of the gradient over norm of the weights, for each layer group (Lee et al. 2023, arXiv:2210.11466); nothing is changed"
     _ready(self)
-    batches = some_batches(self, n_batches, seed=getattr(self, 'epoch', 0))
+    batches = some_batches(self, n_batches, seed=getattr(self, 'epoch', 0), share=one_ranks_model(self.model) is not self.model)
     with looking(self.model):
         leave_gradient(self, batches)
         return gradient_ratios(self.model, self.splitter.find(self.model))
