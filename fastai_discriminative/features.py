@@ -10,12 +10,12 @@ them will ask for, and trains those on that. An epoch of a head then takes a fra
 __all__ = ['frozen_prefix', 'CachedFeatures', 'FeatureError', 'NothingFrozen']
 
 # %% ../nbs/07_features.ipynb #7ec92b2a
-import shutil,tempfile,warnings,weakref
+import inspect,shutil,tempfile,warnings,weakref
 from contextlib import closing,contextmanager,nullcontext
 from typing import Callable,NamedTuple
 
 from fastai.basics import *
-from fastai.callback.mixup import MixHandler
+from fastai.callback.mixup import MixHandler,MixUp
 from fastprogress.fastprogress import progress_bar
 from torch.utils._pytree import tree_flatten,tree_unflatten
 
@@ -295,6 +295,7 @@ def _look(self:CachedFeatures, i):
 @patch
 def before_train(self:CachedFeatures):
     if self._on is False or self.paused: return
+    _check_callbacks(self.learn, _mixes_images)
     self._at,self._models = self.opt.frozen_idx,{}
     self._on = self._look(0)
     if self._on: self._exchange(0)
@@ -312,7 +313,7 @@ class _Held(NamedTuple):
     dl:DataLoader # Hands out rows
     prefix:FrozenPrefix
     flat:bool # Does the learner split the batch itself?
-    first:Tensor|None = None # Features of the batch that is on its way
+    first:tuple|None = None # Features of the batch that is on its way, and their version, which counts changes in place
 
 @patch
 def _exchange(self:CachedFeatures, i):
@@ -321,17 +322,35 @@ def _exchange(self:CachedFeatures, i):
     if rows is None or base_dl(dl) is not base_dl(self.dls.loaders[i]): return
     flat = rows.n_feats==getattr(self.dls, 'n_inp', 1 if rows.n_targs==1 else None) # the learner splits the batch itself
     def _pack(xs, ys):
-        self._held = self._held._replace(first=xs[0])
+        self._held = self._held._replace(first=(xs[0], xs[0]._version))
         return (*xs, *ys) if flat else (xs,ys)
     self.learn.dl = _cached_dl(dl, rows, self._views, _pack)
     self._held = _Held(self.learn, self.learn.dl, rows.prefix, flat)
 
 # %% ../nbs/07_features.ipynb #5a1afd07
+def _mixes_images(cb):
+    "Does `cb` mix samples in a way that only images can be mixed in? `MixUp` may mix features"
+    return isinstance(cb, MixHandler) and type(cb).before_batch is not MixUp.before_batch
+
+def _asks_for_inputs(cb):
+    "Does the `before_batch` of `cb` ask for the inputs? Of fastai's callbacks, only those that mix images change them"
+    if type(cb).__module__.startswith('fastai.'): return _mixes_images(cb)
+    f = inspect.unwrap(vars(cb).get('before_batch', getattr(type(cb), 'before_batch', noop)))
+    return bool({'x','xb'} & {*getattr(getattr(f, '__code__', None), 'co_names', ())})
+
+def _check_callbacks(learn, which):
+    "Raise `FeatureError` if `which` is true of one of the learner's callbacks that handle batches"
+    names = [type(o).__name__ for o in learn.cbs if which(o) and not isinstance(o, HoldingCallback) and getattr(type(o), 'before_batch', None) is not MixUp.before_batch]
+    if names: raise FeatureError(f"{' and '.join(names)} may change images before the model sees them, and these batches would hold features. "
+        "A callback that only looks should do so in `after_pred`.")
+
+# %% ../nbs/07_features.ipynb #f69e5f9c
 def _check_batch(learn, first, order):
-    "Raise `FeatureError` if a callback other than `MixHandler` has changed the batch"
-    x = learn.xb[0]
-    if x.device!=first.device or x.data_ptr()==first.data_ptr() or any(isinstance(o, MixHandler) for o in learn.cbs): return
-    cbs = [o for o in learn.cbs.sorted('order') if o.order<order and 'before_batch' in dir(type(o))]
+    "Raise `FeatureError` if a callback other than `MixUp` has changed the features `first` of a batch, of which the second is the version"
+    (x,v),now = first,learn.xb[0]
+    same = now.device!=x.device or (now.data_ptr()==x.data_ptr() and now._version==v)
+    if same or any(isinstance(o, MixHandler) for o in learn.cbs): return
+    cbs = [o for o in learn.cbs.sorted('order') if o.order!=order and 'before_batch' in dir(type(o)) and not isinstance(o, HoldingCallback)]
     raise FeatureError(f"One of the callbacks {', '.join(type(o).__name__ for o in cbs)} has changed the batch, which holds features "
         "and not images now. Let the data's transforms do that, or train without `CachedFeatures`.")
 
@@ -339,10 +358,19 @@ def _check_batch(learn, first, order):
 @patch
 def before_batch(self:CachedFeatures):
     if self._held is None or self.learn.dl is not self._held.dl: return
-    prefix = self._held.prefix
+    prefix,first = self._held.prefix,self._held.first
     if self.opt.frozen_idx!=self._at: raise FeatureError(
         "Layers were frozen or unfrozen within an epoch on cached features. Do so between epochs, in `before_epoch` or `after_epoch`.")
     if not self._held.flat: self.learn.xb,self.learn.yb = (*self.xb, *self.yb)
-    _check_batch(self.learn, self._held.first, self.order)
+    def _rest(forward, *args, **kwargs):
+        _check_batch(self.learn, first, self.order)
+        return prefix.rest(*args)
     m = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
-    self.next_forward(m, lambda forward, *args, **kwargs: prefix.rest(*args))
+    self.next_forward(m, _rest)
+
+@patch
+def rehearse(self:CachedFeatures):
+    "Raise `FeatureError` if features of the learner's data could not be kept, or not be trained on"
+    for dl in self.dls.loaders[:2]: check_loader(base_dl(dl))
+    _check_callbacks(self.learn, _asks_for_inputs)
+    frozen_prefix(self.learn, one_input(self.learn))

@@ -223,6 +223,7 @@ def _takes_preset(name, arg):
             return f(*b.args, **b.kwargs)
         finally:
             _light_schedules(False)
+            self.loss_func = own_loss(self) # after an error, fastai's `MixUp` leaves its own there
             for cb in [*self.cbs, *cbs]:
                 if isinstance(cb, HoldingCallback): cb.release()
     _f._stock = f

@@ -129,8 +129,7 @@ def _settle(self:StrategyRun, p):
     self.learn.true_freeze.freeze_to(p.frozen)
     self.cached.learn = self.learn
     try:
-        for dl in self.dls.loaders[:2]: check_loader(base_dl(dl))
-        frozen_prefix(self.learn, one_input(self.learn))
+        self.cached.rehearse()
         return p
     except FeatureError as e:
         warnings.warn(f"A phase of {p.n_epoch} epochs on cached features trains on the data themselves, for {math.ceil(p.n_epoch/_cached_per_epoch)}. {e}")
