@@ -10,9 +10,9 @@ them will ask for, and trains those on that. An epoch of a head then takes a fra
 __all__ = ['frozen_prefix', 'CachedFeatures', 'FeatureError', 'NothingFrozen']
 
 # %% ../nbs/07_features.ipynb #7ec92b2a
-import inspect,shutil,tempfile,warnings,weakref
+import inspect,shutil,tempfile,warnings
 from contextlib import closing,contextmanager,nullcontext
-from typing import Callable,NamedTuple
+from typing import NamedTuple
 
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler,MixUp
@@ -20,6 +20,7 @@ from fastprogress.fastprogress import progress_bar
 from torch.utils._pytree import tree_flatten,tree_unflatten
 
 from .core import *
+from .files import *
 from .groups import *
 from .backbone import *
 from .probe import *
@@ -165,11 +166,6 @@ def _share(rows, world, device, n=256):
                 p[own] = some.to(p.device)
     return rows
 
-# %% ../nbs/07_features.ipynb #d3ad2719
-class _Folder(NamedTuple):
-    path:Path
-    remove:Callable # Deletes it
-
 # %% ../nbs/07_features.ipynb #701fa527
 class _RowKeeper(HoldingCallback):
     "Makes rows of a loader's items, in memory or in files, and makes them anew when what they depend on has changed"
@@ -180,9 +176,7 @@ class _RowKeeper(HoldingCallback):
 
     def _folder(self):
         "A folder for files, which goes when `self` does"
-        if not self._tmp:
-            path = Path(tempfile.mkdtemp(prefix='fastai_discriminative-features-', dir=self.folder))
-            self._tmp = _Folder(path, weakref.finalize(self, shutil.rmtree, path, ignore_errors=True))
+        if not self._tmp: self._tmp = OwnedFolder(self.folder)
         return Path(tempfile.mkdtemp(dir=self._tmp.path))
 
     def _alloc(self, n, k, feats, targs):
@@ -199,6 +193,7 @@ class _RowKeeper(HoldingCallback):
 
     def _build(self, i, dl):
         "Rows for all items of `dl`; `None`, with a warning, if they do not fit"
+        sweep_folders(self.folder)
         rows,k,(idxs,world) = None,max(1, self.n_views) if i==0 else 1,_share_of(len(dl.dataset))
         parts = _parts(self.learn, dl, k, None if i else 0 if self.n_views else 1)
         with same_random(), _autocast(self.learn) or nullcontext(), closing(parts):
