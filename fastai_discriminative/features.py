@@ -25,6 +25,7 @@ from .groups import *
 from .backbone import *
 from .probe import *
 from .holding import *
+from .finite import *
 from .freeze import *
 from .prefix import *
 from .keys import *
@@ -166,6 +167,16 @@ def _share(rows, world, device, n=256):
                 p[own] = some.to(p.device)
     return rows
 
+# %% ../nbs/07_features.ipynb #fd7d7e1f
+def _check_finite(model, ds, part, feats):
+    "Raise `NotFiniteError`, with the item of `ds`, if one of the features of `part` is NaN"
+    for t in feats:
+        if not t.is_floating_point() or not bool((bad := torch.isnan(t).reshape(len(t), -1).any(1)).any()): continue
+        i = part.at[int(bad.nonzero()[0])]%len(ds)
+        name = getattr(ds, 'items', {i:None})[i]
+        what = f'item {i}' + (f' ({str(name)!r})' if isinstance(name, (str,Path)) else '')
+        raise NotFiniteError(f"The features of {what} are NaN. The first thing that is not finite is {find_nonfinite(model, part.xb) or 'in a layer'}.")
+
 # %% ../nbs/07_features.ipynb #701fa527
 class _RowKeeper(HoldingCallback):
     "Makes rows of a loader's items, in memory or in files, and makes them anew when what they depend on has changed"
@@ -200,6 +211,7 @@ class _RowKeeper(HoldingCallback):
             for o in _bar(self.learn, parts, k*math.ceil(len(idxs)/dl.bs)):
                 if rows is None: prefix = frozen_prefix(self.learn, o.xb)
                 feats = prefix.features(*o.xb)
+                _check_finite(self.learn.model, dl.dataset, o, feats)
                 if rows is None: rows = self._alloc(len(dl.dataset), k, feats, o.yb)
                 if rows is None: break
                 rows.put(o.at, feats, o.yb)
@@ -242,6 +254,11 @@ class CachedFeatures(_RowKeeper):
         if folder is not None and not Path(folder).is_dir(): raise FeatureError(f"The folder {str(folder)!r} does not exist.")
         self.n_views,self.ram_gb,self.folder = n_views,ram_gb,folder
         self._reset()
+
+    @property
+    def in_use(self)->bool: # As opposed to images
+        "Do the batches hold features now?"
+        return self._held is not None and self.learn.dl is self._held.dl
 
     def _reset(self):
         self.rows,self._tmp,self._views = {},None,torch.Generator()
@@ -352,7 +369,7 @@ def _check_batch(learn, first, order):
 # %% ../nbs/07_features.ipynb #dbb0c0e8
 @patch
 def before_batch(self:CachedFeatures):
-    if self._held is None or self.learn.dl is not self._held.dl: return
+    if not self.in_use: return
     prefix,first = self._held.prefix,self._held.first
     if self.opt.frozen_idx!=self._at: raise FeatureError(
         "Layers were frozen or unfrozen within an epoch on cached features. Do so between epochs, in `before_epoch` or `after_epoch`.")

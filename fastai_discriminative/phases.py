@@ -7,7 +7,7 @@ callbacks that see all of it, and moments of the optimiser that survive when lay
 
 # %% auto #0
 __all__ = ['Phase', 'StrategyRun', 'KeepBest', 'Strategy', 'register_strategy', 'list_strategies', 'find_strategy',
-           'StrategyError']
+           'StrategyError', 'NotFiniteError']
 
 # %% ../nbs/07b_phases.ipynb #752ce460
 import inspect,math,warnings
@@ -15,20 +15,20 @@ from dataclasses import dataclass,replace
 
 from fastai.basics import *
 from fastai.callback.schedule import SchedCos,SchedLin
-from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.optimizer import Adam
 
 from .core import *
 from .groups import *
 from .probe import *
 from .holding import *
+from .finite import *
 from .schedules import _combine_scheds
 from .learner import *
 from .learner import _check_units,_resolve_lr
 from .features import *
 
 # %% ../nbs/07b_phases.ipynb #d830c892
-_all_ = ['StrategyError']
+_all_ = ['StrategyError','NotFiniteError']
 
 # %% ../nbs/07b_phases.ipynb #e0d29faf
 def _flat(pct): return 1.
@@ -353,7 +353,7 @@ def _check_valid(learn, s):
 def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch):
     own = next((o for o in cbs if isinstance(o, CachedFeatures)), None)
     cached = own or (CachedFeatures() if any(p.cached for p in phases) else None)
-    extra = [StrategyRun(phases, cached, close=cached is not own)] + [cached]*(cached is not own) + ([keeper, TerminateOnNaNCallback()] if keeper else [])
+    extra = [StrategyRun(phases, cached, close=cached is not own)] + [cached]*(cached is not own) + [o for o in (keeper,) if o] + [FiniteWatch(keeper)]
     try: learn.fit(sum(p.n_epoch for p in phases), wd=wd, cbs=[*extra, *cbs], start_epoch=start_epoch)
     finally:
         if cached is not own: cached.close()
