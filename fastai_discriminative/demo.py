@@ -131,9 +131,21 @@ def _split_dirs(path):
     valid = next((dirs[k] for k in _valid_names if k in dirs), None)
     return [(dirs['train'], None if valid is None else False)] + ([(valid, True)] if valid else [])
 
+# %% ../nbs/14_demo.ipynb #4efa8f0e
+def _image_files(path):
+    "The images under `path`, sorted; a folder that links lead to again counts once"
+    seen,res = set(),[]
+    for d,dirs,fs in os.walk(path, followlinks=True):
+        st = os.stat(d)
+        new = (st.st_dev,st.st_ino) not in seen
+        seen.add((st.st_dev,st.st_ino))
+        dirs[:] = sorted(o for o in dirs if new and not o.startswith('.'))
+        res += [Path(d)/f for f in fs if new and not f.startswith('.') and Path(f).suffix.lower() in image_extensions]
+    return sorted(res)
+
 def _class_files(path):
     "(file, class) of the images under `path`; what lies directly in it has no class"
-    return [(f, d.name) for d in _subdirs(path) for f in sorted(get_image_files(d)) if not f.name.startswith('.')]
+    return [(f, d.name) for d in _subdirs(path) for f in _image_files(d)]
 
 # %% ../nbs/14_demo.ipynb #86f7a599
 def _check_images(res):
@@ -153,7 +165,7 @@ def _check_images(res):
 def _readable(files):
     "Can each of `files` be opened?"
     ex = ThreadPoolExecutor(4)
-    try: return list(ex.map(verify_image, files))
+    try: return list(ex.map(lambda o: o.is_file() and verify_image(o), files)) # a pipe would be waited for
     finally: ex.shutdown(cancel_futures=True)
 
 def _warn_unreadable(bad):
@@ -168,8 +180,10 @@ def folder_images(
 )->FolderImages: # Images and labels, in order of path
     "The images under `path`; warns of unreadable ones, raises `DataError` if what is left cannot be trained on"
     path = Path(path).expanduser()
-    if not path.is_dir(): raise DataError(f"{path} is not a folder." if path.exists() else f"The folder {path} does not exist.")
-    rows = [(f,c,v) for d,v in _split_dirs(path) for f,c in _class_files(d)]
+    if not path.is_dir(): raise DataError(f"{path} is not a folder." if os.path.lexists(path) else f"The folder {path} does not exist.")
+    path = path.absolute()
+    try: rows = [(f,c,v) for d,v in _split_dirs(path) for f,c in _class_files(d)]
+    except OSError as e: raise DataError(f"{e.filename!r} cannot be read: {e.strerror}.") from e
     ok = _readable([o[0] for o in rows]) if verify else [True]*len(rows)
     good,bad = [o for o,k in zip(rows, ok) if k],[o[0] for o,k in zip(rows, ok) if not k]
     files,labels,is_valid = map(list, zip(*good)) if good else ([],[],[])

@@ -264,6 +264,12 @@ class CachedFeatures(_RowKeeper):
         self.rows,self._tmp,self._views = {},None,torch.Generator()
         self._on,self._held,self._full,self._seen = None,None,set(),set()
 
+    def rehearse(self):
+        "Raise `FeatureError` if features of the learner's data could not be kept, or not be trained on"
+        for dl in self.dls.loaders[:2]: check_loader(base_dl(dl))
+        _check_callbacks(self.learn, _asks_for_inputs)
+        frozen_prefix(self.learn, one_input(self.learn))
+
     def release(self):
         "Let go of the learner; called when a fit is over, however it ended"
         super().release()
@@ -379,10 +385,3 @@ def before_batch(self:CachedFeatures):
         return prefix.rest(*args)
     m = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
     self.next_forward(m, _rest)
-
-@patch
-def rehearse(self:CachedFeatures):
-    "Raise `FeatureError` if features of the learner's data could not be kept, or not be trained on"
-    for dl in self.dls.loaders[:2]: check_loader(base_dl(dl))
-    _check_callbacks(self.learn, _asks_for_inputs)
-    frozen_prefix(self.learn, one_input(self.learn))

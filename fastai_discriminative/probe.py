@@ -166,7 +166,7 @@ def batch_pred(
 
 def own_loss(
     learn, # A `Learner`
-): # Its loss function
+)->Callable: # Its loss function
     "The learner's own loss, also while `MixUp` or its kin has put another in its place"
     cb = getattr(learn.loss_func, '__self__', None)
     return cb.old_lf if isinstance(cb, MixHandler) else learn.loss_func
