@@ -264,12 +264,6 @@ class CachedFeatures(_RowKeeper):
         self.rows,self._tmp,self._views = {},None,torch.Generator()
         self._on,self._held,self._full,self._seen = None,None,set(),set()
 
-    def rehearse(self):
-        "Raise `FeatureError` if features of the learner's data could not be kept, or not be trained on"
-        for dl in self.dls.loaders[:2]: check_loader(base_dl(dl))
-        _check_callbacks(self.learn, _asks_for_inputs)
-        frozen_prefix(self.learn, one_input(self.learn))
-
     def release(self):
         "Let go of the learner; called when a fit is over, however it ended"
         super().release()
@@ -339,7 +333,9 @@ def _exchange(self:CachedFeatures, i):
     dl,rows = self.learn.dl,self.rows.get(i)
     if rows is None or base_dl(dl) is not base_dl(self.dls.loaders[i]): return
     flat = rows.n_feats==getattr(self.dls, 'n_inp', 1 if rows.n_targs==1 else None) # the learner splits the batch itself
+    mixed = any(isinstance(o, MixHandler) for o in self.learn.cbs)
     def _pack(xs, ys):
+        if mixed: xs = tuple(x.float() if x.is_floating_point() else x for x in xs) # `MixUp` mixes no 16-bit numbers
         self._held = self._held._replace(first=(xs[0], xs[0]._version))
         return (*xs, *ys) if flat else (xs,ys)
     self.learn.dl = _cached_dl(dl, rows, self._views, _pack)
@@ -385,3 +381,10 @@ def before_batch(self:CachedFeatures):
         return prefix.rest(*args)
     m = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
     self.next_forward(m, _rest)
+
+@patch
+def rehearse(self:_RowKeeper):
+    "Raise `FeatureError` if features of the learner's data could not be kept, or not be trained on"
+    for dl in self.dls.loaders[:2]: check_loader(base_dl(dl))
+    _check_callbacks(self.learn, _asks_for_inputs)
+    frozen_prefix(self.learn, one_input(self.learn))
