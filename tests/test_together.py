@@ -60,7 +60,7 @@ def check(learn, fit, cbs=(), body=True):
     assert fit not in still or not moved & {o for g in groups[:-1] for o in g.param_names}, 'the body stays'
     if fit in ('preset','phases') and body: assert moved & set(groups[0].param_names), 'the body moves'
     assert [id(vars(m).get('forward')) for m in learn.model.modules()]==own, 'nobody holds a layer'
-    assert learn.model(learn.dls.one_batch()[0]).shape[0]==learn.dls.bs, 'the model takes images'
+    assert learn.model(learn.dls.one_batch()[0].as_subclass(torch.Tensor)).shape[0]==learn.dls.bs, 'the model takes images'
     return learn
 
 # ---- callbacks
