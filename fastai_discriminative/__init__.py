@@ -20,6 +20,8 @@ Modules:
 - `fastai_discriminative.families`: The built-in families: how their layers follow each other, and which published recipes apply
 - `fastai_discriminative.fast_math`: Channels-last memory and bfloat16, where this machine gains by them
 - `fastai_discriminative.features`: What frozen layers make of an image, computed once: the frozen prefix of a model, and training on its cached results
+- `fastai_discriminative.files`: Files that are whole or not there, and folders that go with their owner, however it ends
+- `fastai_discriminative.finite`: The first thing that is not finite, by its name, when a loss is NaN
 - `fastai_discriminative.freeze`: A freeze that freezes: what is frozen does not move by one bit, and norm layers follow one choice
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
 - `fastai_discriminative.holding`: Callbacks that take something of a learner while it trains, and give it back however the fit ends

@@ -47,11 +47,12 @@ def _cycle(learn, lrs, batches):
 def _seen(learn, batches):
     "Loss on `batches`, for classes at the best temperature, and the loss of the same predictions for other samples' targets"
     with torch.no_grad(), evaluating(learn.model): outs = [batch_pred(learn, b) for b in batches]
-    if has_classes(learn.loss_func, *outs[0]):
+    loss = own_loss(learn)
+    if has_classes(loss, *outs[0]):
         preds,targs = (of_all_ranks(torch.cat(o)) for o in zip(*[(p,yb[0]) for p,yb in outs]))
         return tempered_loss(preds, targs),tempered_loss(preds, targs.roll(1))
     def _mean(f): return float(of_all_ranks(torch.stack([f(p, yb).detach() for p,yb in outs])).mean())
-    return _mean(lambda p,yb: learn.loss_func(p, *yb)),_mean(lambda p,yb: learn.loss_func(p, *[y.roll(1, 0) for y in yb]))
+    return _mean(lambda p,yb: loss(p, *yb)),_mean(lambda p,yb: loss(p, *[y.roll(1, 0) for y in yb]))
 
 # %% ../nbs/08a_auto.ipynb #2f2ddce3
 @dataclass

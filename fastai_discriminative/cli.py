@@ -47,13 +47,13 @@ def _strategy_of(a):
     "Name of the strategy that the arguments `a` ask for; raises `StrategyError` if there is none"
     from fastai_discriminative.all import find_strategy
     by_hand = getattr(a, 'lr_low', None) is not None or getattr(a, 'lr_high', None) is not None
-    return find_strategy(a.strategy or ('lp_ft' if by_hand else 'auto')).name
+    return find_strategy(('lp_ft' if by_hand else 'auto') if a.strategy is None else a.strategy).name
 
 def _fit_ours(learn, epochs, cbs, strategy): learn.fit_strategy(strategy, epochs, cbs=cbs)
 
 def _fit_stock(learn, epochs, cbs, strategy=None):
     "fastai's own: `fine_tune`, which has the frozen epoch"
-    if learn.opt.frozen_idx: learn.fine_tune(epochs, cbs=cbs)
+    if learn.opt is not None and learn.opt.frozen_idx: learn.fine_tune(epochs, cbs=cbs)
     else: learn.fit_one_cycle(epochs+1, cbs=cbs)
 
 # %% ../nbs/15_cli.ipynb #88b7161a
@@ -150,6 +150,14 @@ def _out_dir(out):
     if os.access(out, os.W_OK): return out
     raise DataError(f"The folder {str(out)!r} for the results cannot be written to. Name another with --out.")
 
+# %% ../nbs/15_cli.ipynb #71216863
+@contextmanager
+def _writing(out):
+    "Turn what a disk refuses into a `DataError`"
+    from fastai_discriminative.demo import DataError
+    try: yield
+    except (OSError,RuntimeError) as e: raise DataError(f"Cannot write the results to {str(out)!r} ({e}). Is the disk full? Name another folder with --out.") from e
+
 # %% ../nbs/15_cli.ipynb #474ce7c2
 def _describe(job):
     "Print what is going to be trained, with its group table"
@@ -175,8 +183,9 @@ def _train(job, compare):
         if hasattr(learn, 'auto_evidence'): print(f'\n{learn.auto_evidence}')
         n = len(learn.dls.valid_ds)
         print(f'Accuracy on {n} images: one image is {100/n:.2g} points. Training time without validation.')
-        plot_runs(runs, out/'accuracy.png', f'{job.arch} on {job.images.path.name}')
-        export_learner(learn, out/'learner.pkl')
+        with _writing(out):
+            plot_runs(runs, out/'accuracy.png', f'{job.arch} on {job.images.path.name}'.encode(errors='replace').decode())
+            export_learner(learn, out/'learner.pkl')
         print(f"Saved {out/'learner.pkl'} and {out/'accuracy.png'}. {time.perf_counter()-start:.0f} s in all.")
     finally:
         if new and not any(out.iterdir()): out.rmdir()
@@ -192,24 +201,37 @@ def _cmd_finetune(a):
     from fastai_discriminative.all import find_family
     from fastai_discriminative.demo import folder_images
     find_family(a.arch)
-    if a.out is None: a.out = f'discriminative-{Path(a.folder).expanduser().resolve().name}'
-    job = _Job(a, folder_images(a.folder), a.arch, a.weights_file, not a.from_scratch)
+    images = folder_images(a.folder)
+    if a.out is None: a.out = f'discriminative-{images.path.resolve().name}'
+    job = _Job(a, images, a.arch, a.weights_file, not a.from_scratch)
     _train(job, compare=a.compare)
 
 # %% ../nbs/15_cli.ipynb #b1bfc1fd
-def _number(kind, low, what, high=None):
-    "An argparse type: `kind` above or at `low`"
+def _number(kind, low, what, high=float('inf')):
+    "An argparse type: `kind` at or above `low` and below `high`"
     def _f(s):
         try: v = kind(s)
         except ValueError: v = None
-        if v is None or v<low or (high is not None and v>=high): raise argparse.ArgumentTypeError(f'{s!r} is not {what}')
+        if v is None or not low<=v<high: raise argparse.ArgumentTypeError(f'{s[:50]!r} is not {what}')
         return v
     return _f
 
-_count = _number(int, 1, 'a whole number of at least 1')
-_rate = _number(float, 1e-12, 'a positive learning rate', float('inf'))
+_count = _number(int, 1, 'a whole number of at least 1, and below a billion', 10**9)
+_size = _number(int, 8, 'a whole number from 8 to 8192', 8193)
+_batch = _number(int, 2, 'a whole number of at least 2, and below a million', 10**6)
+_seed = _number(int, 0, 'a whole number from 0 to 4294967295', 2**32)
+_procs = _number(int, 0, 'a whole number from 0 to 256', 257)
+_rate = _number(float, 1e-12, 'a positive learning rate')
 _share = _number(float, 1e-9, 'a share between 0 and 1', 1.)
 
+def _path(s):
+    "An argparse type: the name of a file or folder"
+    try: ok = s and Path(s).expanduser() and '\0' not in s
+    except RuntimeError: ok = False # somebody's home
+    if not ok: raise argparse.ArgumentTypeError(f'{s!r} is no name of a file or folder')
+    return s
+
+# %% ../nbs/15_cli.ipynb #10b7eb46
 def _n_groups(s):
     if s=='block': return s
     try: return int(s)
@@ -222,36 +244,40 @@ def _add_training(p, size, threads, out, n_train):
     "Arguments that `demo` and `finetune` share"
     p.add_argument('--epochs', type=_count, default=4, help='epochs after those in which only the head trains (default: %(default)s)')
     p.add_argument('--strategy', metavar='NAME', help="strategy, such as lp_ft or discriminative (default: auto; lp_ft with rates given by hand)")
-    p.add_argument('--size', type=_count, default=size, help=f"height and width of the images in pixels (default: {size or 'what the architecture was trained at, at most 224'})")
-    p.add_argument('--bs', type=_count, default=32, help='batch size (default: %(default)s)')
+    p.add_argument('--size', type=_size, default=size, help=f"height and width of the images in pixels (default: {size or 'what the architecture was trained at, at most 224'})")
+    p.add_argument('--bs', type=_batch, default=32, help='batch size (default: %(default)s)')
     p.add_argument('--n-groups', type=_n_groups, metavar='N|block', help="number of layer groups with the head's, or 'block' for the finest (default: the family's)")
     p.add_argument('--n-train', type=_n_train, default=n_train, metavar='N|all', help=f"images to train on (default: {n_train or 'all'})")
     p.add_argument('--valid-pct', type=_share, default=.2, help='share of each class to validate on, without a valid folder (default: %(default)s)')
-    p.add_argument('--seed', type=int, default=42, help='seed of the split and of the first run (default: %(default)s)')
+    p.add_argument('--seed', type=_seed, default=42, help='seed of the split and of the first run (default: %(default)s)')
     p.add_argument('--seeds', type=_count, default=1, help='number of runs, each with its own seed (default: %(default)s)')
-    p.add_argument('--threads', type=_count, default=threads, help=f"threads of torch on the CPU (default: {threads or 'what torch takes'})")
+    p.add_argument('--threads', type=_number(int, 1, 'a whole number from 1 to 1024', 1025), default=threads, help=f"threads of torch on the CPU (default: {threads or 'what torch takes'})")
     p.add_argument('--quiet', action='store_true', help='no progress bars, no line for each epoch')
-    p.add_argument('--out', default=out, metavar='DIR', help=f"folder for learner.pkl and accuracy.png (default: {out or 'discriminative-FOLDER'})")
+    p.add_argument('--out', type=_path, default=out, metavar='DIR', help=f"folder for learner.pkl and accuracy.png (default: {out or 'discriminative-FOLDER'})")
 
 def _add_finetune(sub, new):
     "The command `finetune`"
     p = new('finetune', _cmd_finetune, 'fine-tune a timm backbone on a folder of images', 'Fine-tune a timm backbone on FOLDER/CLASS/image.jpg, or FOLDER/train and FOLDER/valid with such '
         'folders. Unreadable images are left out and named.')
-    p.add_argument('folder', metavar='FOLDER', help='folder with one sub-folder of images for each class')
+    p.add_argument('folder', type=_path, metavar='FOLDER', help='folder with one sub-folder of images for each class')
     p.add_argument('--arch', required=True, metavar='NAME', help='timm architecture, such as convnext_tiny.fb_in22k')
-    p.add_argument('--weights-file', metavar='F', help='local checkpoint (.safetensors or .pth) in place of a download')
+    p.add_argument('--weights-file', type=_path, metavar='F', help='local checkpoint (.safetensors or .pth) in place of a download')
     p.add_argument('--from-scratch', action='store_true', help='random weights: no checkpoint, no download')
     p.add_argument('--lr-low', type=_rate, metavar='LR', help="rate of the first layer at this batch size (default: the preset's)")
     p.add_argument('--lr-high', type=_rate, metavar='LR', help="rate at the end of the pretrained body (default: the preset's)")
     p.add_argument('--compare', action='store_true', help="also train with fastai's own vision_learner and fine_tune")
-    p.add_argument('--workers', type=_number(int, 0, 'a whole number of at least 0'), default=0, help='processes that load images (default: %(default)s)')
+    p.add_argument('--workers', type=_procs, default=0, help='processes that load images (default: %(default)s)')
     _add_training(p, None, None, None, None)
 
 # %% ../nbs/15_cli.ipynb #f626830e
 _examples = """examples:
   fastai-discriminative demo
   fastai-discriminative finetune photos --arch convnext_tiny.fb_in22k --weights-file convnext_tiny.safetensors
-  fastai-discriminative groups swin_tiny_patch4_window7_224 --n-groups block"""
+  fastai-discriminative groups swin_tiny_patch4_window7_224 --n-groups block
+
+exit status:
+  0 done; 1 the system or a library refused, such as a full disk; 2 wrong arguments, images, weights or names;
+  130 stopped by Ctrl-C; 141 the reader of a pipe has ended"""
 
 def _version(): return __import__('fastai_discriminative').__version__
 
@@ -280,7 +306,7 @@ def _parser():
     p.add_argument('arch', metavar='ARCH', help='timm architecture, best with its pretrained tag: vit_base_patch16_224.mae')
     p.add_argument('--bs', type=_count, default=64, help='batch size (default: %(default)s)')
     p.add_argument('--n-steps', type=_count, metavar='N', help="steps of your fit, epochs x images / batch size (default: the recipes' own)")
-    p.add_argument('--size', type=_count, help="height and width of your images in pixels (default: the checkpoint's)")
+    p.add_argument('--size', type=_size, help="height and width of your images in pixels (default: the checkpoint's)")
     p.add_argument('--optimizer', choices=('adamw','sgd'), default='adamw', help='units of the rates (default: %(default)s)')
     _new('families', _cmd_families, 'print every family of architectures: how it is split, at which rates, and what was proved')
     return ap
@@ -300,21 +326,55 @@ def _notes(debug):
         try: yield
         finally: warnings.formatwarning = fmt
 
+def _say(*args):
+    "Tell the user on stderr, if anybody hears it"
+    try: print(*args, file=sys.stderr, flush=True)
+    except (OSError,ValueError): pass
+
+# %% ../nbs/15_cli.ipynb #8ef008b9
+def _open_streams():
+    "Give a closed stream a place to write to, and let what cannot be encoded be shown in another way"
+    for n in ('stdout','stderr'):
+        if getattr(sys, n) is None: setattr(sys, n, open(os.devnull, 'w', encoding='utf-8'))
+        if hasattr(o := getattr(sys, n), 'reconfigure'): o.reconfigure(errors='backslashreplace')
+
+def _let_go():
+    "Let what cannot be written go nowhere when Python ends"
+    for o in (sys.stdout, sys.stderr):
+        try: o.flush()
+        except (OSError,ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), o.fileno())
+
+# %% ../nbs/15_cli.ipynb #c53b151a
+def _run_command(argv):
+    "Do what `argv` says, and write all output"
+    try:
+        a = _parser().parse_args(argv)
+        with _notes(hasattr(a, 'debug')): a.f(a)
+    finally: sys.stdout.flush()
+
 def main(
     argv:list|None=None, # Arguments; those of the command line if `None`
-)->int: # Exit status: 0, 2 for an error of the user's, 130 after Ctrl-C
+)->int: # Exit status: 0, 1 if the system refused, 2 for an error of the user's, 130 after Ctrl-C, 141 if nobody reads the output
     "The command `fastai-discriminative`"
-    a = _parser().parse_args(argv)
-    debug = getattr(a, 'debug', False)
     os.environ.setdefault('MPLBACKEND', 'Agg')
-    try:
-        with _notes(debug): a.f(a)
+    _open_streams()
+    try: _run_command(argv)
+    except BrokenPipeError: return 141
     except KeyboardInterrupt:
-        print('\nInterrupted; nothing was saved.', file=sys.stderr)
+        _say('\nInterrupted; nothing was saved.')
         return 130
     except Exception as e:
-        from fastai_discriminative.core import DiscriminativeError
-        if debug or not isinstance(e, DiscriminativeError): raise
-        print('fastai-discriminative: error:', ' '.join(str(e).split()), file=sys.stderr)
-        return 2
+        if '--debug' in (sys.argv[1:] if argv is None else argv): raise
+        return _report(e)
+    finally: _let_go()
     return 0
+
+# %% ../nbs/15_cli.ipynb #f04bbd02
+def _report(e):
+    "Tell the user of the exception `e`; the exit status"
+    from fastai_discriminative.core import DiscriminativeError
+    ours,said = isinstance(e, DiscriminativeError),' '.join(str(e).split())
+    kind = '' if ours else f'{type(e).__name__}: '
+    more = '' if ours or isinstance(e, (OSError,MemoryError)) else ' (--debug shows where)'
+    _say(f'fastai-discriminative: error: {kind}{said[:1000]}{more}')
+    return 2 if ours else 1

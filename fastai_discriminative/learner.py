@@ -23,6 +23,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
 
 from .core import *
+from .files import *
 from .registry import *
 from .backbone import *
 from .layers import *
@@ -233,12 +234,34 @@ def _takes_preset(name, arg):
             raise
         finally:
             _light_schedules(False)
+            self.loss_func = own_loss(self) # after an error, fastai's `MixUp` leaves its own there
             for cb in [*self.cbs, *cbs]:
                 if isinstance(cb, HoldingCallback): cb.release()
     _f._stock = f
     setattr(Learner, name, _f)
 
 for _name,_arg in dict(fit='lr', fit_one_cycle='lr_max', fit_flat_cos='lr', fit_sgdr='lr_max').items(): _takes_preset(_name, _arg)
+
+# %% ../nbs/06_learner.ipynb #4a23090a
+def _save(learn, file, **kwargs):
+    "fastai's `save`, in one move"
+    stock,dst = Learner.save._stock,join_path_file(file, learn.path/learn.model_dir, ext='.pth')
+    if rank_distrib() or not isinstance(dst, Path): return stock(learn, file, **kwargs)
+    with written_aside(dst) as tmp: stock(learn, str(tmp.absolute())[:-len('.pth')], **kwargs)
+    return dst
+
+def _export(learn, fname='export.pkl', **kwargs):
+    "fastai's `export`, in one move"
+    stock,old = Learner.export._stock,(learn.dls,learn.opt)
+    if rank_distrib(): return stock(learn, fname, **kwargs)
+    with written_aside(learn.path/fname) as tmp:
+        try: stock(learn, tmp.absolute(), **kwargs)
+        except BaseException:
+            learn.dls,learn.opt = old
+            raise
+
+_takes_groups('save', _save)
+_takes_groups('export', _export)
 
 # %% ../nbs/06_learner.ipynb #203ab486
 class LearnerGroups(LayerGroups):

@@ -7,7 +7,7 @@ callbacks that see all of it, and moments of the optimiser that survive when lay
 
 # %% auto #0
 __all__ = ['Phase', 'StrategyRun', 'KeepBest', 'Strategy', 'register_strategy', 'list_strategies', 'find_strategy',
-           'StrategyError', 'ResumeError']
+           'StrategyError', 'ResumeError', 'NotFiniteError']
 
 # %% ../nbs/07b_phases.ipynb #752ce460
 import inspect,math,warnings
@@ -21,6 +21,7 @@ from .groups import *
 from .probe import *
 from .holding import *
 from .ranks import *
+from .finite import *
 from .schedules import _combine_scheds
 from .resume import *
 from .learner import *
@@ -28,7 +29,7 @@ from .learner import _check_units,_resolve_lr
 from .features import *
 
 # %% ../nbs/07b_phases.ipynb #d830c892
-_all_ = ['StrategyError','ResumeError']
+_all_ = ['StrategyError','ResumeError','NotFiniteError']
 
 # %% ../nbs/07b_phases.ipynb #e0d29faf
 def _stages(start, *parts):
@@ -127,8 +128,7 @@ def _settle(self:StrategyRun, p):
     self.learn.true_freeze.freeze_to(p.frozen)
     self.cached.learn = self.learn
     try:
-        for dl in self.dls.loaders[:2]: check_loader(base_dl(dl))
-        frozen_prefix(self.learn, one_input(self.learn))
+        self.cached.rehearse()
         return p
     except FeatureError as e:
         warnings.warn(f"A phase of {p.n_epoch} epochs on cached features trains on the data themselves, for {math.ceil(p.n_epoch/_cached_per_epoch)}. {e}")
@@ -156,8 +156,7 @@ def before_train(self:StrategyRun):
     p = self.phases[i]
     self._epoch = self.epoch-int(self.ends[i])+p.n_epoch
     lr = p.lr(self.learn, self._epoch) if callable(p.lr) else p.lr
-    self.peaks = of_rank_0(_per_group(_resolve_lr(self.learn, lr, list(self.learn.cbs), p.n_epoch), len(self.opt.hypers)))
-    self.learn.peak_lrs = self.peaks
+    self.learn.peak_lrs = self.peaks = of_rank_0(_per_group(_resolve_lr(self.learn, lr, list(self.learn.cbs), p.n_epoch), len(self.opt.hypers)))
 
 # %% ../nbs/07b_phases.ipynb #86af522d
 @patch
@@ -356,7 +355,7 @@ def _check_valid(learn, s):
 def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch, file):
     own = next((o for o in cbs if isinstance(o, CachedFeatures)), None)
     cached = own or (CachedFeatures() if any(p.cached for p in phases) else None)
-    extra = [StrategyRun(phases, cached, close=cached is not own)] + [cached]*(cached is not own) + ([keeper, StopTogether()] if keeper else [])
+    extra = [StrategyRun(phases, cached, close=cached is not own)] + [cached]*(cached is not own) + [o for o in (keeper,) if o] + [FiniteWatch(keeper)]
     try: learn.fit(sum(p.n_epoch for p in phases), wd=wd, cbs=[*extra, *cbs], start_epoch=start_epoch, resume=file)
     finally:
         if cached is not own: cached.close()

@@ -19,6 +19,7 @@ from .core import *
 from .backbone import *
 from .probe import *
 from .holding import *
+from .finite import *
 
 # %% ../nbs/06b_prefix.ipynb #5342118d
 def _is_fixed(out):
@@ -237,5 +238,7 @@ def _check_rest(self:FrozenPrefix, xb, mode):
         got = tensors_of(self.rest(*feats)) # draws the numbers that the model drew, on any device
     right = all(len(f)==len(some[0]) for f in feats) and len(got)==len(want)
     if right and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4*max(1., b.abs().max().item())) for a,b in zip(got, want)): return
+    bad = find_nonfinite(self.model, xb)
+    if bad: raise NotFiniteError(f"No features can be kept: the first thing that is not finite is {bad}.")
     raise FeatureError(f"In {mode} this {type(self.model).__name__} gives other results from kept features than from its inputs: its frozen part is random, or still moves, or gives more than "
         "its layers return. Freeze up to another group, split with a `train_norm` that is not True, or train without `CachedFeatures`.")

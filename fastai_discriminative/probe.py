@@ -8,7 +8,7 @@ or a statistic, or the training that follows would be another one. Modules of th
 
 # %% auto #0
 __all__ = ['tensors_of', 'base_dl', 'n_inputs', 'same_order', 'one_input', 'copy_dl', 'all_rows_dl', 'check_loader',
-           'some_batches', 'evaluating', 'rehearsing', 'looking', 'unmoved', 'batch_pred', 'batch_loss',
+           'some_batches', 'evaluating', 'rehearsing', 'looking', 'unmoved', 'batch_pred', 'own_loss', 'batch_loss',
            'leave_gradient', 'sum_sq', 'gradient_ratios']
 
 # %% ../nbs/05a_probe.ipynb #ee550ef3
@@ -18,6 +18,7 @@ from copy import copy
 from itertools import islice
 
 from fastai.basics import *
+from fastai.callback.mixup import MixHandler
 from torch.utils._pytree import tree_flatten
 
 from .core import *
@@ -180,13 +181,20 @@ def batch_pred(
     finally:
         for k,v in old.items(): setattr(learn, k, v)
 
+def own_loss(
+    learn, # A `Learner`
+)->Callable: # Its loss function
+    "The learner's own loss, also while `MixUp` or its kin has put another in its place"
+    cb = getattr(learn.loss_func, '__self__', None)
+    return cb.old_lf if isinstance(cb, MixHandler) else learn.loss_func
+
 def batch_loss(
     learn, # A `Learner`
     b, # A batch of its data, on the model's device
 )->Tensor: # One number, with a graph
     "The loss of batch `b`, with what the learner's callbacks make of the model's output"
     pred,yb = batch_pred(learn, b)
-    return learn.loss_func(pred, *yb)
+    return own_loss(learn)(pred, *yb)
 
 # %% ../nbs/05a_probe.ipynb #841b0be8
 def leave_gradient(

@@ -8,6 +8,7 @@ from PIL import Image
 def pytest_addoption(parser):
     parser.addoption('--zoo', action='store_true', help='prove every architecture, not only the smallest of each kind')
     parser.addoption('--zoo-sample', type=int, metavar='SEED', help='prove a random thirtieth of all architectures besides')
+    parser.addoption('--kills', type=int, default=10, metavar='N', help='kill processes that write files so many times (default: 10)')
 
 _ours = ('PYTEST_', 'COV_')
 

@@ -1,10 +1,10 @@
 "`auto`: what it tries changes nothing, what it makes of it, and where it ends"
-import math
+import math,warnings
 from copy import deepcopy
 
 import numpy as np,pytest,torch
 from torch import nn
-from fastai.vision.all import accuracy,Adam,Callback,CrossEntropyLossFlat,error_rate,Learner,set_seed
+from fastai.vision.all import accuracy,Adam,Callback,CrossEntropyLossFlat,CutMix,error_rate,Learner,MixUp,set_seed
 
 from fastai_discriminative.all import *
 from fastai_discriminative import auto as at,phases as ph
@@ -55,6 +55,15 @@ def test_nan_ends_the_fit_with_the_best_weights(dls):
     assert all(torch.isfinite(v).all() for v in learn.model.state_dict().values() if v.is_floating_point())
     probe = float(learn.recorder.values[k-1][-1])
     assert learn.validate()[-1]==pytest.approx(probe)
+
+@pytest.mark.parametrize('cb', [MixUp, CutMix])
+def test_trials_see_the_learners_own_loss(dls, cb, telling):
+    "While `MixUp` and its kin train, they have a loss of their own, which knows the last batch only"
+    learn = ours(dls)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*could not try rates')
+        learn.fit_strategy('auto', long(dls), cbs=cb())
+    assert learn.auto_evidence.trials and type(learn.loss_func) is CrossEntropyLossFlat
 
 def test_a_short_fit_tries_nothing_and_says_so(dls):
     learn = ours(dls)

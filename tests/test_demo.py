@@ -6,7 +6,7 @@ from fastai.vision.all import Image,Learner,accuracy,load_learner,nn
 from fastai_discriminative import demo
 from fastai_discriminative.compare import TrainClock
 from fastai_discriminative.demo import *
-from fastai_discriminative.demo import _atomic
+from fastai_discriminative.files import written_aside
 from fastai_discriminative.registry import DiscriminativeError,WeightsError
 
 data = Path(demo.__file__).parent/'data'
@@ -54,9 +54,9 @@ def test_clipart_is_unpacked_once_and_whole(cache, monkeypatch):
     assert len(list(path.iterdir()))==12 and clipart_path()==path
     assert [o.name for o in cache.iterdir()]==[path.parent.name]
 
-def test_atomic_keeps_what_another_process_made(tmp_path):
+def test_written_aside_keeps_what_another_process_made(tmp_path):
     dst = tmp_path/'d'
-    with _atomic(dst) as tmp:
+    with written_aside(dst) as tmp:
         tmp.mkdir()
         (tmp/'mine').touch()
         dst.mkdir()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fastai.data.all import DataLoader
-from fastai.vision.all import (Callback,CategoryBlock,CrossEntropyLossFlat,DataBlock,DataLoaders,EarlyStoppingCallback,GradientAccumulation,ImageBlock,
+from fastai.vision.all import (Callback,CategoryBlock,CrossEntropyLossFlat,CutMix,DataBlock,DataLoaders,EarlyStoppingCallback,GradientAccumulation,ImageBlock,
     ImageDataLoaders,IndexSplitter,Learner,MaskBlock,MixUp,ProgressCallback,Resize,SaveModelCallback,TfmdDL,WeightedDL,accuracy,aug_transforms,get_image_files,
     load_learner,noop,parent_label,resnet18,set_seed,unet_learner,vision_learner)
 
@@ -298,11 +298,40 @@ def test_a_model_with_an_attribute_of_ours(folder):
         warnings.simplefilter('error')
         fit(learn, cbs=CachedFeatures())
 
-def test_a_callback_that_changes_images_is_refused(folder):
-    class Darkens(Callback):
-        order = 5
-        def before_batch(self): self.learn.xb = (self.xb[0]*.5,)
-    with pytest.raises(FeatureError, match='Darkens.*has changed the batch'): fit(ours(folder), cbs=[CachedFeatures(), Darkens()])
+class Darkens(Callback):
+    order = 5
+    def before_batch(self): self.learn.xb = (self.xb[0]*.5,)
+
+class DarkensInPlace(Callback):
+    "After `CachedFeatures`, and the tensor stays where it is"
+    order = 20
+    def before_batch(self): self.learn.xb[0].mul_(.5)
+
+@pytest.mark.parametrize('cb', [CutMix, Darkens, DarkensInPlace])
+def test_a_callback_that_changes_images_is_refused(folder, cb):
+    learn = ours(folder)
+    with pytest.raises(FeatureError, match=cb.__name__): fit(learn, cbs=[CachedFeatures(), cb()])
+    assert 'forward' not in vars(learn.model) and learn.loss_func.__class__ is CrossEntropyLossFlat
+    fit(learn, n=1)
+
+@pytest.mark.parametrize('cb', [CutMix, Darkens, DarkensInPlace])
+def test_cached_phases_train_on_images_where_a_callback_changes_them(folder, cb):
+    learn,calls = ours(folder),Calls()
+    before = state(learn)
+    with pytest.warns(UserWarning, match=f'trains on the data themselves, for 1. {cb.__name__} may change images'):
+        learn.fit_strategy([Phase(10, 1e-2, frozen=-1, cached=True)], cbs=[cb(), calls])
+    assert len(learn.recorder.values)==1 and {len(o) for o in calls.shapes}=={4}
+    after = state(learn)
+    moved = {k for k in after if not torch.equal(before[k], after[k])}
+    assert moved and all(k.startswith('1.') for k in moved), "a frozen body"
+
+def test_a_callback_that_does_not_ask_for_images_leaves_the_cache_alone(folder):
+    class Counts(Callback):
+        n = 0
+        def before_batch(self): self.n += 1
+    learn,calls,counts = ours(folder),Calls(),Counts()
+    learn.fit_strategy([Phase(3, 1e-2, frozen=-1, cached=True)], cbs=[counts, MixUp(), calls])
+    assert {len(o) for o in calls.shapes}=={2} and counts.n==3*(len(learn.dls.train)+len(learn.dls.valid))
 
 def test_lr_find_on_features(folder):
     learn = ours(folder)

@@ -81,8 +81,8 @@ def test_a_learner_can_be_exported_afterwards(dls, tmp_path):
     assert pickle.loads(pickle.dumps([p]))==[p] and pickle.loads(pickle.dumps(find_strategy('surgical'))).name=='surgical'
 
 def test_features_that_cannot_be_kept(dls, monkeypatch):
-    def _refuse(self, xb): raise FeatureError('No features here.')
-    monkeypatch.setattr(ph, 'frozen_prefix', _refuse)
+    def _refuse(self): raise FeatureError('No features here.')
+    monkeypatch.setattr(CachedFeatures, 'rehearse', _refuse)
     learn = ours(dls)
     with pytest.warns(UserWarning, match='trains on the data themselves'): learn.fit_strategy('lp_ft', 2)
     assert len(learn.recorder.values)==1+2
