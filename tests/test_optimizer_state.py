@@ -63,7 +63,8 @@ def loads_nothing(opt, sd, msg):
 
 others = dict(sgd=lambda m: SGD(plain(m), 1e-2), fused_sgd=lambda m: fused_sgd(named(m), 1e-2), radam=lambda m: RAdam(plain(m), 1e-2),
     torch_sgd=lambda m: OptimWrapper(plain(m), opt=torch.optim.SGD, lr=1e-2), nadam=lambda m: OptimWrapper(plain(m), opt=torch.optim.NAdam, lr=1e-2),
-    lookahead=lambda m: Lookahead(Adam(plain(m), 1e-2)), rmsprop=lambda m: RMSProp(plain(m), 1e-2), torch_rmsprop=lambda m: OptimWrapper(plain(m), opt=torch.optim.RMSprop, lr=1e-2))
+    lookahead=lambda m: Lookahead(Adam(plain(m), 1e-2)), rmsprop=lambda m: RMSProp(plain(m), 1e-2),
+    torch_rmsprop=lambda m: OptimWrapper(plain(m), opt=torch.optim.RMSprop, lr=1e-2))
 
 @pytest.mark.parametrize('kind', others)
 @pytest.mark.parametrize('steps', [0,2])
@@ -74,7 +75,8 @@ def test_state_of_another_kind_is_not_taken_for_ours(kind, steps):
     run(m, other, steps)
     loads_nothing(trained()[1], copy.deepcopy(other.state_dict()), 'another kind of optimiser')
 
-@pytest.mark.parametrize('f', [lambda m: Adam(plain(m), 1e-2), lambda m: fused_adamw(named(m), 1e-2), lambda m: OptimWrapper(plain(m), opt=torch.optim.AdamW, lr=1e-2)])
+@pytest.mark.parametrize('f', [lambda m: Adam(plain(m), 1e-2), lambda m: fused_adamw(named(m), 1e-2),
+    lambda m: OptimWrapper(plain(m), opt=torch.optim.AdamW, lr=1e-2)])
 @pytest.mark.parametrize('steps', [0,2])
 def test_adam_s_state_is_not_sgd_s(f, steps):
     m = net()
