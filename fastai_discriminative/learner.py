@@ -148,6 +148,33 @@ def _freeze(learn):
 _takes_groups('freeze_to', _freeze_to)
 _takes_groups('freeze', _freeze)
 
+# %% ../nbs/06_learner.ipynb #c63b5c18
+class _Whole:
+    "A model that is loaded whole or not at all, for fastai's `load_model`"
+    def __init__(self, model): self.model = get_model(model)
+    def load_state_dict(self, sd, strict=True):
+        old = {k:v.detach().to('cpu', copy=True) for k,v in self.model.state_dict().items() if isinstance(v, Tensor)}
+        try: return self.model.load_state_dict(sd, strict=strict)
+        except BaseException as e:
+            with torch.no_grad():
+                for k,v in self.model.state_dict().items():
+                    if k in old: v.copy_(old[k])
+            if not isinstance(e, Exception): raise
+            raise WeightsError(f"The file does not fit this {type(self.model).__name__}, and nothing of it was loaded. {str(e)[:500]}") from e
+
+def _load(learn, file, device=None, **kwargs):
+    if device is None: device = getattr(learn.dls, 'device', None)
+    opt = learn.opt
+    if opt is None: learn.create_opt()
+    distrib_barrier()
+    try: load_model(join_path_file(file, learn.path/learn.model_dir, ext='.pth'), _Whole(learn.model), learn.opt, device=device, **kwargs)
+    except BaseException:
+        learn.opt = opt
+        raise
+    return learn
+
+_takes_groups('load', _load)
+
 # %% ../nbs/06_learner.ipynb #afa84d8f
 _sizes = WeakKeyDictionary()
 

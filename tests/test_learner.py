@@ -381,6 +381,20 @@ def test_saved_moments_go_into_other_groups_by_name(dls, tmp_path, n_groups):
     assert same(old, {n:new.opt.opt.state[p]['exp_avg'] for n,p in new.model.named_parameters()})
     new.fit_one_cycle(1, 1e-3)
 
+@pytest.mark.parametrize('arch', ['resnet18','test_vit','resnet14t'])
+def test_a_checkpoint_of_another_architecture_is_refused_whole(dls, tmp_path, arch):
+    other = stock(dls, arch, path=tmp_path, **(dict(img_size=32) if 'vit' in arch else {}))
+    other.create_opt()
+    other.save('other')
+    learn = warm(dls, 'fused_adamw', path=tmp_path)
+    was = snapshot(learn)
+    with pytest.raises(WeightsError, match='nothing of it was loaded'): learn.load('other')
+    unchanged(learn, was)
+    learn.save('own')
+    before = weights(learn)
+    learn.fit(1, 1e-2)
+    assert same(weights(learn.load('own')), before)
+
 class DDPLike(nn.Module):
     "Names its model `module`, as `DistributedDataParallel` does"
     def __init__(self, m):
