@@ -90,16 +90,19 @@ def _keep_moments(old, new):
 
 def _new_opt(learn, n_frozen, still, **attrs):
     "Give `learn` new `attrs`, and an optimiser for its new groups that is frozen up to `n_frozen`"
-    old = {k:getattr(learn, k) for k in (*attrs,'opt','lr')}
+    old,flags = {k:getattr(learn, k) for k in (*attrs,'opt','lr')},{n:(p, p.requires_grad) for n,p in named_params(learn.model).items()}
+    whole = [n for n,(p,_) in flags.items() if not (p.is_floating_point() or p.is_complex())]
+    if whole: raise SplitterError(f"{list_some(whole)} of the model cannot be trained: they hold no floating-point numbers. Make them buffers, with `register_buffer`.")
     for k,v in attrs.items(): setattr(learn, k, v)
-    try: learn.create_opt()
-    except Exception:
+    try:
+        learn.create_opt()
+        _keep_moments(old['opt'], learn.opt)
+        learn.opt.freeze_to(n_frozen)
+        for n in still: flags[n][0].requires_grad_(False)
+    except BaseException:
         for k,v in old.items(): setattr(learn, k, v)
+        for p,f in flags.values(): p.requires_grad_(f)
         raise
-    _keep_moments(old['opt'], learn.opt)
-    learn.opt.freeze_to(n_frozen)
-    for n,p in named_params(learn.model).items():
-        if n in still: p.requires_grad_(False)
 
 # %% ../nbs/06_learner.ipynb #9889853d
 @patch

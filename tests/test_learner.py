@@ -324,6 +324,21 @@ def test_a_built_optimizer_cannot_be_split(dls):
     model = own_net()
     refuses(plain(dls, model, opt_func=OptimWrapper(opt=torch.optim.SGD(model.parameters(), lr=0.1))), SplitterError, 'opt_func')
 
+def test_a_parameter_of_whole_numbers(dls):
+    model = own_net()
+    model[5].count = nn.Parameter(torch.tensor([1]), requires_grad=False)
+    refuses(plain(dls, model), SplitterError, "'5.count'", 'register_buffer')
+
+def test_an_optimizer_that_cannot_freeze_leaves_the_learner_alone(dls):
+    class Fussy(FusedOptimizer):
+        def freeze_to(self, n):
+            super().freeze_to(n)
+            raise RuntimeError('no freezing')
+    learn = stock(dls)
+    learn.freeze()
+    learn.opt_func = Fussy
+    refuses(learn, RuntimeError, 'no freezing', n_groups=4)
+
 def test_an_optimizer_that_fails_leaves_the_learner_alone(dls):
     def fussy(ps, lr):
         if len(ps)>2: raise RuntimeError('only two groups')
