@@ -92,16 +92,19 @@ def _keep_moments(old, new):
 
 def _new_opt(learn, n_frozen, still, **attrs):
     "Give `learn` new `attrs`, and an optimiser for its new groups that is frozen up to `n_frozen`"
-    old = {k:getattr(learn, k) for k in (*attrs,'opt','lr')}
+    old,flags = {k:getattr(learn, k) for k in (*attrs,'opt','lr')},{n:(p, p.requires_grad) for n,p in named_params(learn.model).items()}
+    whole = [n for n,(p,_) in flags.items() if not (p.is_floating_point() or p.is_complex())]
+    if whole: raise SplitterError(f"{list_some(whole)} of the model cannot be trained: they hold no floating-point numbers. Make them buffers, with `register_buffer`.")
     for k,v in attrs.items(): setattr(learn, k, v)
-    try: learn.create_opt()
-    except Exception:
+    try:
+        learn.create_opt()
+        _keep_moments(old['opt'], learn.opt)
+        learn.opt.freeze_to(n_frozen)
+        for n in still: flags[n][0].requires_grad_(False)
+    except BaseException:
         for k,v in old.items(): setattr(learn, k, v)
+        for p,f in flags.values(): p.requires_grad_(f)
         raise
-    _keep_moments(old['opt'], learn.opt)
-    learn.opt.freeze_to(n_frozen)
-    for n,p in named_params(learn.model).items():
-        if n in still: p.requires_grad_(False)
 
 # %% ../nbs/06_learner.ipynb #9889853d
 @patch
@@ -154,6 +157,33 @@ def _fine_tune(learn, *args, resume=None, **kwargs):
 _takes_groups('freeze_to', _freeze_to)
 _takes_groups('freeze', _freeze)
 _takes_groups('fine_tune', _fine_tune)
+
+# %% ../nbs/06_learner.ipynb #c63b5c18
+class _Whole:
+    "A model that is loaded whole or not at all, for fastai's `load_model`"
+    def __init__(self, model): self.model = get_model(model)
+    def load_state_dict(self, sd, strict=True):
+        old = {k:v.detach().to('cpu', copy=True) for k,v in self.model.state_dict().items() if isinstance(v, Tensor)}
+        try: return self.model.load_state_dict(sd, strict=strict)
+        except BaseException as e:
+            with torch.no_grad():
+                for k,v in self.model.state_dict().items():
+                    if k in old: v.copy_(old[k])
+            if not isinstance(e, Exception): raise
+            raise WeightsError(f"The file does not fit this {type(self.model).__name__}, and nothing of it was loaded. {str(e)[:500]}") from e
+
+def _load(learn, file, device=None, **kwargs):
+    if device is None: device = getattr(learn.dls, 'device', None)
+    opt = learn.opt
+    if opt is None: learn.create_opt()
+    distrib_barrier()
+    try: load_model(join_path_file(file, learn.path/learn.model_dir, ext='.pth'), _Whole(learn.model), learn.opt, device=device, **kwargs)
+    except BaseException:
+        learn.opt = opt
+        raise
+    return learn
+
+_takes_groups('load', _load)
 
 # %% ../nbs/06_learner.ipynb #afa84d8f
 _sizes = WeakKeyDictionary()

@@ -63,8 +63,7 @@ def _read_params(params):
 # %% ../nbs/05_optimizer.ipynb #208a775c
 def _check_param(p, nm):
     "Raise `OptimizerStateError` if `p`, called `nm`, cannot be optimised"
-    if is_lazy(p): raise OptimizerStateError(
-        f"Parameter {nm} is lazy: it has no shape yet. Run one batch through the model first.")
+    if is_lazy(p): raise OptimizerStateError(f"Parameter {nm} is lazy: it has no shape yet. Run one batch through the model first.")
     if p.is_complex(): raise OptimizerStateError(
         f"Parameter {nm} is complex. Fused optimisers take real numbers only: use fastai's `OptimWrapper` for this model.")
 
@@ -169,8 +168,7 @@ _hyper_defaults = {'adam': dict(lr=1e-3, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.0
 def _check_opt(opt, impl):
     if not (isinstance(opt, type) and issubclass(opt, (torch.optim.AdamW,torch.optim.Adam,torch.optim.SGD))): raise OptimizerStateError(
         f"`FusedOptimizer` wraps torch's AdamW, Adam and SGD, not {opt!r}. For others use fastai's `OptimWrapper`.")
-    if impl not in (None, *_impls): raise OptimizerStateError(
-        f"Unknown `impl` {impl!r}: use one of {list_some(_impls)}, or None.")
+    if impl not in (None, *_impls): raise OptimizerStateError(f"Unknown `impl` {impl!r}: use one of {list_some(_impls)}, or None.")
 
 # %% ../nbs/05_optimizer.ipynb #119a26ac
 def _check_no_wd(no_wd, known):
@@ -232,6 +230,7 @@ class _FusedSteps(OptimWrapper):
         if self._stale: self._sort_groups()
         self._sync()
         self._halves.fit_layout()
+        start_momentum(self.opt)
         if self._own_wd: self._halves._decay(self.hypers)
         try: self.opt.step()
         except RuntimeError as e:
@@ -336,13 +335,14 @@ def load_state_dict(self:FusedOptimizer,
     try:
         saved = read_state(sd)
         match = match_state(saved, self.param_names(), [len(o) for o in self._lists])
+        check_hypers(saved.hypers, self.hypers[0])
         new = {p: torch_moments(p, s, type(self.opt), self._name(p)) for p,s in zip(ps, match.states)}
     except OptimizerStateError as e:
         warn(str(e))
         raise
     self.opt.state = defaultdict(dict, {p:s for p,s in new.items() if s})
     if match.same_groups:
-        for h,s in zip(self.hypers, saved.hypers): h.update({k: float(s[k]) for k in h if k in s})
+        for h,s in zip(self.hypers, saved.hypers): h.update({k: float(s[k]) for k in h})
     self._stale = True
 
 # %% ../nbs/05_optimizer.ipynb #47c7d810

@@ -324,6 +324,21 @@ def test_a_built_optimizer_cannot_be_split(dls):
     model = own_net()
     refuses(plain(dls, model, opt_func=OptimWrapper(opt=torch.optim.SGD(model.parameters(), lr=0.1))), SplitterError, 'opt_func')
 
+def test_a_parameter_of_whole_numbers(dls):
+    model = own_net()
+    model[5].count = nn.Parameter(torch.tensor([1]), requires_grad=False)
+    refuses(plain(dls, model), SplitterError, "'5.count'", 'register_buffer')
+
+def test_an_optimizer_that_cannot_freeze_leaves_the_learner_alone(dls):
+    class Fussy(FusedOptimizer):
+        def freeze_to(self, n):
+            super().freeze_to(n)
+            raise RuntimeError('no freezing')
+    learn = stock(dls)
+    learn.freeze()
+    learn.opt_func = Fussy
+    refuses(learn, RuntimeError, 'no freezing', n_groups=4)
+
 def test_an_optimizer_that_fails_leaves_the_learner_alone(dls):
     def fussy(ps, lr):
         if len(ps)>2: raise RuntimeError('only two groups')
@@ -380,6 +395,20 @@ def test_saved_moments_go_into_other_groups_by_name(dls, tmp_path, n_groups):
     old = {n:learn.opt.opt.state[p]['exp_avg'] for n,p in learn.model.named_parameters()}
     assert same(old, {n:new.opt.opt.state[p]['exp_avg'] for n,p in new.model.named_parameters()})
     new.fit_one_cycle(1, 1e-3)
+
+@pytest.mark.parametrize('arch', ['resnet18','test_vit','resnet14t'])
+def test_a_checkpoint_of_another_architecture_is_refused_whole(dls, tmp_path, arch):
+    other = stock(dls, arch, path=tmp_path, **(dict(img_size=32) if 'vit' in arch else {}))
+    other.create_opt()
+    other.save('other')
+    learn = warm(dls, 'fused_adamw', path=tmp_path)
+    was = snapshot(learn)
+    with pytest.raises(WeightsError, match='nothing of it was loaded'): learn.load('other')
+    unchanged(learn, was)
+    learn.save('own')
+    before = weights(learn)
+    learn.fit(1, 1e-2)
+    assert same(weights(learn.load('own')), before)
 
 class DDPLike(nn.Module):
     "Names its model `module`, as `DistributedDataParallel` does"

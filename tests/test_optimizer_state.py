@@ -5,7 +5,7 @@ from functools import partial
 import pytest,torch
 from torch import nn
 
-from fastai.optimizer import Adam,OptimWrapper
+from fastai.optimizer import Adam,OptimWrapper,RAdam,RMSProp,SGD,Lookahead
 
 from fastai_discriminative.optimizer import OptimizerStateError,fused_adamw,fused_sgd
 from test_optimizer import clones,flat,moments,moved,named,net,plain,run
@@ -53,6 +53,104 @@ def test_state_that_does_not_fit_changes_nothing():
         with pytest.warns(UserWarning, match=msg), pytest.raises(OptimizerStateError, match=msg): opt2.load_state_dict(sd)
         assert all(torch.equal(v, opt2.opt.state[p][k]) for p,s in old.items() for k,v in s.items())
         assert [h['lr'] for h in opt2.hypers]==[1e-2]*3
+
+def loads_nothing(opt, sd, msg):
+    "Is `sd` refused with `msg`, and `opt` as it was?"
+    moments,hypers = frozen_copy(opt),[dict(h) for h in opt.hypers]
+    with pytest.warns(UserWarning, match=msg), pytest.raises(OptimizerStateError, match=msg): opt.load_state_dict(sd)
+    assert [dict(h) for h in opt.hypers]==hypers and opt.opt.state.keys()==moments.keys()
+    assert all(torch.equal(v, opt.opt.state[p][k]) for p,s in moments.items() for k,v in s.items())
+
+others = dict(sgd=lambda m: SGD(plain(m), 1e-2), fused_sgd=lambda m: fused_sgd(named(m), 1e-2), radam=lambda m: RAdam(plain(m), 1e-2),
+    torch_sgd=lambda m: OptimWrapper(plain(m), opt=torch.optim.SGD, lr=1e-2), nadam=lambda m: OptimWrapper(plain(m), opt=torch.optim.NAdam, lr=1e-2),
+    lookahead=lambda m: Lookahead(Adam(plain(m), 1e-2)), rmsprop=lambda m: RMSProp(plain(m), 1e-2),
+    torch_rmsprop=lambda m: OptimWrapper(plain(m), opt=torch.optim.RMSprop, lr=1e-2))
+
+@pytest.mark.parametrize('kind', others)
+@pytest.mark.parametrize('steps', [0,2])
+def test_state_of_another_kind_is_not_taken_for_ours(kind, steps):
+    if kind=='rmsprop' and not steps: return # nothing in it tells it from an Adam that made no step
+    m = net()
+    other = others[kind](m)
+    run(m, other, steps)
+    loads_nothing(trained()[1], copy.deepcopy(other.state_dict()), 'another kind of optimiser')
+
+@pytest.mark.parametrize('f', [lambda m: Adam(plain(m), 1e-2), lambda m: fused_adamw(named(m), 1e-2),
+    lambda m: OptimWrapper(plain(m), opt=torch.optim.AdamW, lr=1e-2)])
+@pytest.mark.parametrize('steps', [0,2])
+def test_adam_s_state_is_not_sgd_s(f, steps):
+    m = net()
+    other = f(m)
+    run(m, other, steps)
+    loads_nothing(trained(f=partial(fused_sgd, mom=0.9))[1], copy.deepcopy(other.state_dict()), 'another kind of optimiser')
+
+def with_hyper(k, v): return lambda sd: sd['hypers'][1].update({k:v})
+def without(k): return lambda sd: sd['hypers'][1].pop(k)
+def of_first(**kw): return lambda sd: sd['state'][0].update(kw)
+
+@pytest.mark.parametrize('damage,msg', [(with_hyper('lr','1e-3'),"'lr' of group 1 is '1e-3'"), (with_hyper('wd',None),"'wd' of group 1 is None"),
+    (with_hyper('lr',float('nan')),"'lr' of group 1 is nan"), (with_hyper('mom',-1.),"'mom' of group 1 is -1.0"), (with_hyper('eps',True),"'eps' of group 1 is True"),
+    (without('sqr_mom'),'another kind'), (with_hyper('beta',.9),'another kind'), (lambda sd: sd['hypers'].pop(),'2 groups of hyper-parameters'),
+    (lambda sd: sd['state'].pop(),'9 parameters'), (lambda sd: sd['names'][1].pop(),'names'), (lambda sd: sd['names'].pop(),'names'),
+    (lambda sd: sd.update(hypers=[1,2,3]),'damaged'), (lambda sd: sd.update(state=5),'damaged'), (lambda sd: sd['state'].__setitem__(3, None),'damaged'),
+    (lambda sd: sd.update(names=[['8.bias']*4,['b']*4,['c']*2]),'names'),
+    (of_first(grad_avg=1.),'no moments'), (of_first(step='3'),'no moments'), (of_first(step=-1),'no moments'), (of_first(sqr_avg=torch.ones(6,3,3,3, dtype=torch.long)),'no moments')])
+@pytest.mark.parametrize('cuts', [(4,8),(8,)])
+def test_damaged_state_changes_nothing(damage, msg, cuts):
+    sd = copy.deepcopy(trained()[1].state_dict())
+    damage(sd)
+    loads_nothing(trained(cuts, n=2)[1], sd, msg)
+
+@pytest.mark.parametrize('damage', [lambda sd: sd.update(param_groups=[{}]), lambda sd: sd['param_groups'][1].pop('lr'), lambda sd: sd['param_groups'][1].update(lr='x'),
+    lambda sd: sd['param_groups'][0].update(betas=(.9,)), lambda sd: sd['param_groups'].pop()])
+def test_damaged_state_of_a_wrapper_changes_nothing(damage):
+    m = net()
+    other = OptimWrapper(plain(m), opt=torch.optim.AdamW, lr=1e-2)
+    run(m, other, 2)
+    sd = copy.deepcopy(other.state_dict())
+    damage(sd)
+    loads_nothing(trained()[1], sd, 'damaged|of group 1|goes by position|another kind')
+
+# ---- momentum of a part of a group
+
+def torch_sgd(m, **kw):
+    "torch's own, with a group for each parameter, so that each begins when its first gradient comes"
+    return torch.optim.SGD([dict(params=[p]) for p in m.parameters()], 1e-2, momentum=0.9, **kw)
+
+def skipping(m, opt, plan):
+    "A step for each set of layers in `plan`, which get no gradient in it"
+    gen = torch.Generator().manual_seed(2)
+    for skip in plan:
+        nn.functional.cross_entropy(m(torch.randn(8,3,10,10, generator=gen, dtype=torch.float64)), torch.randint(0, 2, (8,), generator=gen)).backward()
+        for i in skip:
+            for p in m[i].parameters(): p.grad = None
+        opt.step()
+        opt.zero_grad()
+
+@pytest.mark.parametrize('impl', [None,'foreach','loop'])
+@pytest.mark.parametrize('wd', [0.,.1])
+@pytest.mark.parametrize('plan', [[{1}]+[()]*4, [{0,3},{0},(),{4},()], [{0,1,3,4},(),()], [(),{8},{0,8},()]])
+def test_layers_that_a_step_skips_train_as_in_torch(plan, wd, impl):
+    a,b = net().double(),net().double()
+    skipping(a, torch_sgd(a, weight_decay=wd), plan)
+    skipping(b, fused_sgd(named(b, (8,)), 1e-2, mom=0.9, wd=wd, decouple_wd=False, decay_1d=True, impl=impl), plan)
+    torch.testing.assert_close(flat(b), flat(a), rtol=1e-12, atol=1e-14)
+
+def test_frozen_momentum_goes_into_fewer_groups():
+    "Six groups, frozen to three: no group of the three has the momentum of all its parameters"
+    a,b = net().double(),net().double()
+    opt,ref = fused_sgd(named(b, (1,3,5,7,9)), 1e-2, mom=0.9, wd=0.),torch_sgd(a)
+    opt.freeze_to(3)
+    for p in list(a.parameters())[:5]: p.requires_grad_(False)
+    skipping(a, ref, [()]*3)
+    skipping(b, opt, [()]*3)
+    new = fused_sgd(named(b, (4,8)), 1e-2, mom=0.9, wd=0.)
+    new.load_state_dict(copy.deepcopy(opt.state_dict()))
+    new.unfreeze()
+    for p in a.parameters(): p.requires_grad_(True)
+    skipping(a, ref, [()]*3)
+    skipping(b, new, [()]*3)
+    torch.testing.assert_close(flat(b), flat(a), rtol=1e-12, atol=1e-14)
 
 def test_state_of_fastai_s_adam_and_back():
     a = net().double()

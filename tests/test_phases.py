@@ -1,5 +1,6 @@
 "Phases that are one fit: rates, moments, callbacks, interrupts, and an end that is never below the best"
 import pickle
+from functools import partial
 
 import numpy as np,pytest
 from fastai.vision.all import accuracy,EarlyStoppingCallback,error_rate,RMSProp,SaveModelCallback
@@ -35,6 +36,12 @@ def test_moments_and_momentum(dls):
     assert steps=={3*n} and body=={n}
     assert len(learn.recorder.hps['lr'])==3*n and len(learn.recorder.hps['mom'])==3*n
     assert min(learn.recorder.hps['mom'])<.9
+
+def test_momentum_where_phases_train_different_norms(dls):
+    learn = ours(dls, opt_func=partial(fused_sgd, mom=0.9))
+    learn.fit_strategy([Phase(1, 1e-3, train_norm=False), Phase(1, 1e-3, train_norm='group'), Phase(1, 1e-3, frozen=-1), Phase(1, 1e-3, train_norm=True)])
+    bufs = {n:learn.opt.opt.state[p]['momentum_buffer'] for n,p in learn.model.named_parameters()}
+    assert all(b.shape==p.shape and b.abs().sum()>0 for b,p in zip(bufs.values(), learn.model.parameters()))
 
 def test_callbacks_see_one_fit(dls, tmp_path):
     learn,spy = ours(dls, path=tmp_path),Spy()
