@@ -106,7 +106,8 @@ def more():
     for name,s,frozen in (('resnet auto','auto',True),('resnet gradual','gradual_unfreeze',False)):
         yield name,partial(plain, arch='resnet10t', frozen=frozen),lambda l,s=s: l.fit_strategy(s, 3)
     yield 'hook',plain,lambda l: l.fit_strategy(phases, cbs=Hooked())
-    yield 'not finite',one_nan,lambda l: l.fit_strategy('auto', 2)
+    yield 'not finite features',one_nan,lambda l: l.fit_strategy('auto', 2)
+    yield 'not finite',one_nan,lambda l: l.fit_strategy(phases)
     yield 'item missing',gap,lambda l: l.fit(1, 1e-3, cbs=CachedFeatures())
     for event in ('after_pred','before_batch'): yield f'late {event}',plain,lambda l,e=event: l.fit(2, 1e-3, cbs=ThawAt(e, order=-1 if e=='after_pred' else 60))
     yield 'alone',plain,lambda l: l.fit(2, 1e-3, cbs=ThawAlone())
