@@ -194,8 +194,7 @@ class _RowKeeper(HoldingCallback):
 
     def _alloc(self, n, k, feats, targs):
         "A table for `n` items in `k` views, in memory or in files; `None`, with a warning, if the disk is too small"
-        if any(not isinstance(t, Tensor) for t in tree_flatten(targs)[0]):
-            raise FeatureError("Targets that are not tensors cannot be kept. Train without `CachedFeatures`.")
+        if not all(isinstance(t, Tensor) for t in tree_flatten(targs)[0]): raise FeatureError("Targets that are not tensors cannot be kept. Train on images.")
         need = n*k*_row_bytes(feats, targs)
         if need+self.nbytes<=self.ram_gb*1e9: return _Rows(n, k, feats, targs)
         folder = self._folder()
@@ -203,6 +202,11 @@ class _RowKeeper(HoldingCallback):
         if need<=free: return _Rows(n, k, feats, targs, folder)
         warnings.warn(f"The features need {need/1e9:.1f} GB, and {folder.parent.parent} has {max(0, free)/1e9:.1f} GB to spare: "
             "training goes on without them. Freeze more layers, use fewer views or smaller images, or name another `folder`.")
+
+    def __repr__(self):
+        rows = list(self.rows.values())
+        n,names,where = sum(r.n*r.n_views for r in rows),rows[0].prefix.names if rows else ['not looked at yet'],' in files' if self._tmp else ''
+        return f"CachedFeatures({n} rows, {self.nbytes/1e6:.1f} MB{where}; frozen: {', '.join(names)})"
 
 # %% ../nbs/07_features.ipynb #4c2ab060
 @patch
@@ -296,10 +300,6 @@ class CachedFeatures(_RowKeeper):
 
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
-    def __repr__(self):
-        rows = list(self.rows.values())
-        n,names,where = sum(r.n*r.n_views for r in rows),rows[0].prefix.names if rows else ['not looked at yet'],' in files' if self._tmp else ''
-        return f"CachedFeatures({n} rows, {self.nbytes/1e6:.1f} MB{where}; frozen: {', '.join(names)})"
 
 # %% ../nbs/07_features.ipynb #3830dc35
 @patch
