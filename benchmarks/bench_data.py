@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np, timm, torch
 from PIL import Image
-from fastai_discriminative.demo import _atomic,_cache,_package,clipart_path,elpv_path,lite0_weights
-from fastai_discriminative.core import DataError,WeightsError
+from fastai_discriminative.demo import _cache,_package,clipart_path,elpv_path,lite0_weights
+from fastai_discriminative.core import WeightsError
+from fastai_discriminative.files import written_aside
 
 def _debian(pkg, *parts):
     "Folder `parts` of Debian's package `pkg`, unpacked"
     dst = _cache()/pkg
     if not dst.exists():
-        with _atomic(dst) as tmp, tempfile.TemporaryDirectory() as d:
+        with written_aside(dst) as tmp, tempfile.TemporaryDirectory() as d:
             subprocess.run(['apt-get','download','-q',pkg], cwd=d, check=True, capture_output=True)
             tmp.mkdir()
             subprocess.run(['dpkg','-x',next(Path(d).glob('*.deb')),tmp], check=True)
@@ -37,7 +38,7 @@ def fashion_path(n=2600):
         src = _debian('dataset-fashion-mnist', 'usr/share/datasets/fashion-mnist')
         find = lambda s: next(p for p in sorted(src.rglob('*')) if p.is_file() and s in p.name)
         xs,ys = _idx(find('train-images')),_idx(find('train-labels'))
-        with _atomic(dst) as tmp:
+        with written_aside(dst) as tmp:
             for i,(x,y) in enumerate(zip(xs[:n], ys[:n])):
                 (tmp/str(y)).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(x).save(tmp/str(y)/f'{i:05}.png')
@@ -48,7 +49,7 @@ def stamps_path():
     dst = _cache()/'stamps'
     if not dst.exists():
         src = _debian('tuxpaint-stamps-default', 'usr/share/tuxpaint/stamps')
-        with _atomic(dst) as tmp:
+        with written_aside(dst) as tmp:
             for d in sorted(src.iterdir()):
                 fs = sorted(d.rglob('*.png')) if d.is_dir() else []
                 if len(fs)<25: continue
@@ -94,7 +95,7 @@ def vit_small_weights():
         import onnx
         sd = _vit_tensors(onnx.load(src).graph)
         timm.create_model('vit_small_patch14_dinov2', num_classes=0).load_state_dict(sd)
-        with _atomic(dst) as tmp: save_file(sd, tmp)
+        with written_aside(dst) as tmp: save_file(sd, tmp)
     return dst
 
 _packed = os.environ.get('BENCH_DATA')

@@ -1,6 +1,7 @@
-"""Which rate does a finder name, and what would training at it have cost? Against the sweep of `bench_gpu.py`
+"""Which rate does a finder name, and what would training at it have cost? Against the sweep of `bench_gpu.py`; and how long a trial has to be
 
     python benchmarks/bench_finder.py [CASE ...] [--seeds 3] [--out benchmarks/results/finder.json]
+    python benchmarks/bench_finder.py --damage [CASE ...]                       # the damage of trials of 4, 8 and 12 steps, to results/damage.json
 
 A case is `data-arch-size-images-epochs`, as in `bench_tuned.py`. For each seed the head is trained on cached features, as in the sweep; then each method says which rate the end of the body should have: the trials and the range test along the preset's
 slope of `lr_find_groups`, and fastai's four rules on the curve of that range test. The regret of a rate is read off the sweep's curve for ratio .1: points of test accuracy below the best rate by validation loss. Run again, it goes on where it stopped.
@@ -13,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fastai.vision.all import *
 from fastai.callback.schedule import minimum,slide,steep,valley
 from fastai_discriminative.all import *
+from fastai_discriminative.auto import _AutoRates,_cycle,_put_back,_seen,_whole_batches
 from fastai_discriminative.lr_finder import _suggested
+from fastai_discriminative.probe import some_batches
 from bench_step import machine
 from bench_tuned import learner
 
@@ -40,6 +43,22 @@ def found(case, seed):
     res['preset'] = dict(lr=learn.preset.scaled(*fit_case(learn, n_epoch=int(n_epoch))).lr_high, s=0.)
     return dict(case=case, seed=seed, found=res)
 
+def damage(case):
+    "Share of a trained head's knowledge that trials of some lengths take, by rate"
+    data,arch,size,n,n_epoch = case.split('-')
+    set_seed(1)
+    learn,res = learner(data, arch, int(size), int(n)),[]
+    with learn.no_bar(), learn.no_logging(): learn.fit_strategy([Phase(int(n_epoch), frozen=-1, cached=True)])
+    learn.unfreeze()
+    learn.true_freeze.train_norm = 'running'
+    rates,groups,valid = _AutoRates(learn.preset, None),learn.splitter.find(learn.model),some_batches(learn, 8, 1)
+    start,chance = _seen(learn, valid)
+    for lr,k in [(lr,k) for lr in (3e-4,1e-3,2e-3) for k in (4,8,12)]:
+        with _put_back(learn):
+            _cycle(learn, rates.at(lr, groups), _whole_batches(learn, k))
+            res.append(dict(case=case, lr=lr, steps=k, damage=round((_seen(learn, valid)[0]-start)/(chance-start), 3)))
+    return res
+
 def sweep_line(data, size):
     "Rates, points over the head, and validation losses of the sweep's line for ratio .1, means over its seeds"
     rs = [json.loads(l) for f in sorted((Path(__file__).parent/'results'/'gpu').glob('sweep-*.jsonl')) for l in f.read_text().splitlines()]
@@ -59,9 +78,14 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument('cases', nargs='*', metavar='CASE')
     ap.add_argument('--seeds', type=int, default=3)
+    ap.add_argument('--damage', action='store_true')
     ap.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'finder.json')
     a = ap.parse_args()
     torch.set_num_threads(1)
+    if a.damage:
+        rows = [r for c in a.cases or cases[:3] for r in damage(c)]
+        (a.out.parent/'damage.json').write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1)+'\n')
+        return print(*rows, sep='\n')
     res = json.loads(a.out.read_text()) if a.out.exists() else dict(machine=machine(), rows=[])
     for seed in range(a.seeds):
         for case in a.cases or cases:

@@ -16,7 +16,8 @@ from fastai.distributed import *
 from fastai.vision.all import *
 
 from fastai_discriminative.all import *
-from fastai_discriminative.demo import _atomic,_markers,_okabe_ito,lite0_weights
+from fastai_discriminative.files import written_aside
+from fastai_discriminative.demo import _markers,_okabe_ito,lite0_weights
 from bench_frozen import Peak,make_learner,measure,medians,memory_dls,paired,quiet_fit,status_mb,step,timed,work,write
 from bench_step import machine,one_run
 
@@ -272,7 +273,7 @@ def plot(summary, fname):
         if ax.lines: finish(ax, 'linear speed-up' if i==2 else 'linear growth', .45 if i in (3,4) else 0)
         else: ax.axis('off')
     fig.suptitle('How time and memory grow', fontsize=12)
-    with _atomic(fname) as tmp: fig.savefig(tmp, dpi=130)
+    with written_aside(fname) as tmp: fig.savefig(tmp, dpi=130)
 
 def parse():
     "Arguments of the command line"

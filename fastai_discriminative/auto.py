@@ -116,7 +116,7 @@ class _AutoRates:
 
     def _search(self, learn, n_steps):
         "`Trial`s from the preset's rate up while it is bearable, or down until it is"
-        groups,k = learn.splitter.find(learn.model),_trial_steps(n_steps)
+        groups,k = learn.splitter.find(learn.model),max(_least_steps, _trial_steps(n_steps))
         train,valid = _whole_batches(learn, k),some_batches(learn, max(1, k//2), 1, share=True)
         (start,chance),hi,res = of_rank_0(_seen(learn, valid)),self.preset.lr_high,[]
         if not chance>1.001*start: raise StrategyError("The validation images do not tell the trained head from one that knows nothing.")

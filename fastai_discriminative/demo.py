@@ -135,7 +135,8 @@ def _split_dirs(path):
 def _image_files(path):
     "The images under `path`, sorted; a folder that links lead to again counts once"
     seen,res = set(),[]
-    for d,dirs,fs in os.walk(path, followlinks=True):
+    def _refuse(e): raise e # else a folder that cannot be read would be left out in silence
+    for d,dirs,fs in os.walk(path, onerror=_refuse, followlinks=True):
         st = os.stat(d)
         new = (st.st_dev,st.st_ino) not in seen
         seen.add((st.st_dev,st.st_ino))

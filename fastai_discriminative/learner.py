@@ -172,16 +172,16 @@ class _Whole:
             if not isinstance(e, Exception): raise
             raise WeightsError(f"The file does not fit this {type(self.model).__name__}, and nothing of it was loaded. {str(e)[:500]}") from e
 
-def _load(learn, file, device=None, **kwargs):
-    if device is None: device = getattr(learn.dls, 'device', None)
-    opt = learn.opt
+def _load(learn, file, *args, **kwargs):
+    "fastai's `load`, of a model that is loaded whole or not at all"
+    model,opt = learn.model,learn.opt
     if opt is None: learn.create_opt()
-    distrib_barrier()
-    try: load_model(join_path_file(file, learn.path/learn.model_dir, ext='.pth'), _Whole(learn.model), learn.opt, device=device, **kwargs)
+    learn.model = _Whole(model)
+    try: return Learner.load._stock(learn, file, *args, **kwargs)
     except BaseException:
         learn.opt = opt
         raise
-    return learn
+    finally: learn.model = model
 
 _takes_groups('load', _load)
 

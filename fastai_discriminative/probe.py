@@ -19,7 +19,7 @@ from itertools import islice
 
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten,tree_map
 
 from .core import *
 from .backbone import *
@@ -60,6 +60,10 @@ def same_order(
             rng.setstate(state)
 
 # %% ../nbs/05a_probe.ipynb #d641f79b
+def _plain(b):
+    "Tensors without fastai's types, as its `CastToTensor` gives them to model and loss"
+    return tree_map(lambda o: o.as_subclass(Tensor) if isinstance(o, TensorBase) else o, b)
+
 def one_input(
     learn, # A `Learner`
 )->tuple: # Plain tensors on the model's device
@@ -67,7 +71,7 @@ def one_input(
     dls = learn.dls
     dl = dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False, drop_last=False, num_workers=0)
     with same_random(), same_order([dl]): b = learn._set_device(base_dl(dl).one_batch())
-    return tuple(o.as_subclass(Tensor) if isinstance(o, TensorBase) else o for o in b[:n_inputs(dls, b)])
+    return tuple(_plain(b[:n_inputs(dls, b)]))
 
 # %% ../nbs/05a_probe.ipynb #671a5465
 def copy_dl(
@@ -172,7 +176,7 @@ def batch_pred(
     b, # A batch of its data, on the model's device
 )->tuple: # The output, with a graph, and the tuple of targets
     "What the learner's callbacks make of the model's output for batch `b`, and of its targets"
-    n,old = n_inputs(learn.dls, b),{k:getattr(learn, k, None) for k in ('xb','yb','pred')}
+    b,n,old = _plain(b),n_inputs(learn.dls, b),{k:getattr(learn, k, None) for k in ('xb','yb','pred')}
     learn.xb,learn.yb,learn.pred = b[:n],b[n:],learn.model(*b[:n])
     try:
         for cb in learn.cbs.sorted('order'):

@@ -17,8 +17,10 @@ from importlib import import_module
 from fastai.basics import *
 
 from .core import *
+from .files import *
 from .backbone import *
 from .groups import *
+from .ranks import *
 from .probe import *
 
 # %% ../nbs/05f_resume.ipynb #942afbd2
@@ -71,7 +73,7 @@ def _told_fit(learn, call):
     opt,loss = learn.opt,learn.loss_func
     data = {n:_told_data(base_dl(dl), str(getattr(learn.dls, 'path', ''))) for n,dl in zip(('training','validation'), learn.dls.loaders)}
     own = dict(optimizer=[type(o).__name__ for o in (opt, getattr(opt, 'opt', None))], wd=learn.wd, metrics=[m.name for m in learn.metrics], loss=_told(loss),
-        train_norm=learn.true_freeze.train_norm, groups=[len(g.param_names) for g in learn.splitter.find(learn.model)], processes=max(1, num_distrib()))
+        train_norm=learn.true_freeze.train_norm, groups=[len(g.param_names) for g in learn.splitter.find(learn.model)], processes=n_ranks())
     model = {f'weight {k}':list(v.shape) for k,v in unwrap_model(learn.model).state_dict().items() if isinstance(v, Tensor)}
     call = {k:v for k,v in call.items() if v is not None}
     first = {k:call[k] for k in ('fit','strategy','n_epoch') if k in call} # the plainest difference comes first, since others follow from it
@@ -148,8 +150,8 @@ def _set_dice(dls, states):
 
 def _all_ranks(o):
     "`o` of each process, in a list"
-    if num_distrib()<2: return [o]
-    res = [None]*num_distrib()
+    if n_ranks()<2: return [o]
+    res = [None]*n_ranks()
     torch.distributed.all_gather_object(res, o)
     return res
 
@@ -250,16 +252,10 @@ def _put_learner(learn, s, cbs):
 # %% ../nbs/05f_resume.ipynb #eee1a1a0
 def _write(path, state):
     "Put `state` in the file `path`: all of it, or nothing"
-    new = path.with_name(path.name+'.part')
-    try:
-        with open(new, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    with written_aside(path) as new, open(new, 'wb') as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno()) # on the disk before it gets its name
 
 def _read(path):
     "What a fit has written in `path`; `None` if there is no such file"
@@ -319,12 +315,12 @@ def write(self:FitFile,
 ):
     "Write the file anew"
     start = time.time()
-    if _all_ranks(0<epoch<learn.n_epoch and start-self._at<_write_share*self._cost)[0]: return
+    if of_rank_0(float(0<epoch<learn.n_epoch and start-self._at<_write_share*self._cost)): return
     try: state = dict(fit_file=_version, told=self.told, epoch=epoch, complete=complete, learn=_learner_state(learn))
     except _Unkept as e: raise ResumeError(f"The `state_dict` of the optimiser or of a callback holds a {e}, which the file cannot. It can hold numbers, text, tensors, and lists and dicts of these.") from e
     state['cbs_with_state'] = [k for k,s in state['learn']['cbs'].items() if s.get('own') or s.get('attrs')]
     if rank_distrib()==0: self._save(state, epoch)
-    _all_ranks(None) # nobody reads before it is there
+    distrib_barrier() # nobody reads before it is there
     self._at = time.time()
     self._cost = self._at-start
 

@@ -217,12 +217,16 @@ def test_a_regression_has_no_temperature(dls):
             super().__init__()
             self.net = own_net()
         def forward(self, x): return self.net(x)[:,0]
-    def loss(pred, y): return ((pred-y.float())**2).mean()
+    seen = set()
+    def loss(pred, y):
+        seen.add((type(pred),type(y)))
+        return ((pred-y.float())**2).mean()
     set_seed(0)
     learn = quiet(Learner(dls, Number(), loss_func=loss, opt_func=fused_adamw))
     learn.fit_strategy('auto', long(dls))
     e = learn.auto_evidence
     assert e.monitor=='valid_loss' and all(p.loss==pytest.approx(p.value) for p in e.points)
+    assert seen=={(torch.Tensor,torch.Tensor)} # in trials as in a fit
 
 # ---- mistakes
 

@@ -1,14 +1,15 @@
 "What can be typed or piped: each command line ends with the right status, a message that says why, and no traceback"
-import os,subprocess,sys
+import os,subprocess,sys,tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np,pytest
 from PIL import Image
 import fastai_discriminative
 from fastai_discriminative.cli import main
-from fastai_discriminative.demo import folder_images
+from fastai_discriminative.demo import DataError,folder_images
 
-pytestmark = pytest.mark.skipif(os.name=='nt', reason='names, links and pipes of POSIX')
+pytestmark = pytest.mark.skipif(os.name=='nt', reason='Windows has no such names, links, pipes and limits')
 
 def _classes(d, classes=('a','b'), n=6, size=(16,16)):
     for k,c in enumerate(classes):
@@ -131,10 +132,22 @@ def test_a_full_disk_leaves_no_half_results(place, tmp_path):
     assert r.returncode==2 and 'Cannot write the results' in r.stderr and 'Is the disk full?' in r.stderr
     assert not any(o.name.endswith('.pkl') for o in tmp_path.rglob('*')) and not list(tmp_path.rglob('.fastai*'))
 
-@pytest.mark.skipif(os.name=='nt' or not hasattr(os, 'geteuid') or os.geteuid()==0, reason='root may read everything')
-def test_unreadable(place, tmp_path, capsys):
-    _classes(tmp_path/'d', ('a','b','c'))
-    (tmp_path/'d'/'a'/'0.png').chmod(0)
-    (tmp_path/'d').chmod(0)
-    try: assert _run(_fits(str(tmp_path/'d'))[0], capsys)[0]==2
-    finally: (tmp_path/'d').chmod(0o700)
+@contextmanager
+def nobody():
+    "Root may read everything, so the test is somebody else for a while"
+    root = os.geteuid()==0
+    if root: os.seteuid(65534)
+    try: yield
+    finally:
+        if root: os.seteuid(0)
+
+@pytest.mark.parametrize('what', ['.','a'])
+def test_a_folder_that_cannot_be_read_is_named(what):
+    "Not left out in silence, as `os.walk` does"
+    with tempfile.TemporaryDirectory() as d: # pytest's own folders are closed to others
+        Path(d).chmod(0o755)
+        folder = _classes(Path(d)/'images', ('a','b','c'))
+        (folder/what).chmod(0)
+        try:
+            with nobody(), pytest.raises(DataError, match=f"{(folder/what).name}' cannot be read: Permission denied"): folder_images(folder)
+        finally: (folder/what).chmod(0o755)

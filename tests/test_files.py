@@ -10,7 +10,7 @@ from fastai_discriminative.all import *
 from fastai_discriminative.files import OwnedFolder,sweep_folders,written_aside
 from helpers import *
 
-posix = pytest.mark.skipif(files.fcntl is None, reason='no locks of this kind')
+posix = pytest.mark.skipif(files.fcntl is None, reason='Windows has no `fcntl`: nothing is locked or swept there')
 
 def _script(code, *args):
     "What a script of ours prints, as JSON"

@@ -177,6 +177,13 @@ def test_few_private_names_cross_a_border():
     private = [f'{o.stem}: {m}.{n}' for o in sources for m,ns in _imports(ast.walk(_tree(o.stem))) for n in ns if re.match(r'_[^_]', n)]
     assert len(private)<=20, f"{len(private)} private names imported: {private}"
 
+@pytest.mark.parametrize('path', sorted([*(root/'benchmarks').glob('*.py'), *(root/'tools').glob('*.py')]), ids=lambda o: o.name)
+def test_scripts_find_what_they_import(path):
+    "Those that no test runs, too: a name that moved to another room stops them when somebody measures next"
+    froms = [o for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(o, ast.ImportFrom) and (o.module or '').startswith('fastai_discriminative.')]
+    asked = [(o.module, a.name) for o in froms for a in o.names if a.name!='*']
+    assert [(m,n) for m,n in asked if not hasattr(importlib.import_module(m), n)]==[]
+
 def test_a_class_stands_in_one_place():
     "Where more than five methods are patched onto a class of ours, it is two classes or too long"
     patches = [(f,o) for f in mods for o in _tree(f).body if isinstance(o, ast.FunctionDef) and _decorated(o, 'patch')]

@@ -29,8 +29,9 @@ class Cut(Callback):
     def __init__(self, at): self.at,self.n = at,0
     def before_batch(self):
         if self.training:
-            if self.n==self.at: raise KeyboardInterrupt
+            if self.n==self.at: self.stop()
             self.n += 1
+    def stop(self): raise KeyboardInterrupt
 
 fits = dict(one_cycle=lambda l, **kw: l.fit_one_cycle(3, 'preset', **kw), lp_ft=lambda l, **kw: l.fit_strategy('lp_ft', 2, **kw),
     gradual=lambda l, **kw: l.fit_strategy('gradual_unfreeze', 3, **kw), auto=lambda l, **kw: l.fit_strategy('auto', 2, **kw))
@@ -308,14 +309,9 @@ def test_short_epochs_do_not_wait_for_the_disk(bright, tmp_path, monkeypatch):
 
 # ---- SIGKILL
 
-class Kill(Callback):
+class Kill(Cut):
     "SIGKILL at training batch `at` of the whole fit"
-    order = 58
-    def __init__(self, at): self.at,self.n = at,0
-    def before_batch(self):
-        if self.training:
-            if self.n==self.at: os.kill(os.getpid(), signal.SIGKILL)
-            self.n += 1
+    def stop(self): os.kill(os.getpid(), signal.SIGKILL)
 
 def kill_at_write(n):
     "SIGKILL in the `n`th write, before the disk has it"
