@@ -34,6 +34,7 @@ Modules:
 - `fastai_discriminative.paths`: What a layer is, which layers belong together, and how deep each is on the way from the input to the head
 - `fastai_discriminative.phases`: Who trains, for how long, how fast: a fit in phases, as one fit
 - `fastai_discriminative.points`: Averaged weights, and the choice between the head alone, the end of a fit, and what lies between
+- `fastai_discriminative.predict`: From trained learners to a submission: a folder or a table of images, test-time augmentation, ensembles, out-of-fold predictions
 - `fastai_discriminative.prefix`: The part of a model that depends on nothing that trains, and what the rest of the model uses of it
 - `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
 - `fastai_discriminative.probe`: Ask a model and its data something, and leave both as they were

@@ -1,0 +1,160 @@
+"Predictions for images that nobody labelled: fastai's own, in the order and shape that was asked for, and every image has a row"
+import shutil
+from pathlib import Path
+
+import numpy as np,pandas as pd,pytest,torch
+from fastai.vision.all import (DataBlock,ImageBlock,L,MSELossFlat,MultiCategoryBlock,RandomSplitter,RegressionBlock,Resize,accuracy,get_image_files,
+    set_seed,vision_learner)
+from fastai_discriminative.core import DataError
+from fastai_discriminative.demo import clipart_path,demo_dls,export_learner
+from fastai_discriminative.predict import *
+
+def _copy(files, to):
+    to.mkdir(parents=True)
+    for f in files: shutil.copy(f, to)
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    "A competition's folder: `train/CLASS`, `test`, and a table that calls the images by their stems"
+    p = tmp_path_factory.mktemp('comp')
+    for c in ('flags','food'): _copy(sorted((clipart_path()/c).iterdir())[:12], p/'train'/c)
+    _copy(sorted((clipart_path()/'tools').iterdir())[:5], p/'test')
+    pd.DataFrame(dict(id=sorted((o.stem for o in (p/'test').iterdir()), reverse=True), n=range(5))).to_csv(p/'test.csv', index=False)
+    return p
+
+def _learner(root, vocab=None, seed=0):
+    set_seed(seed)
+    dls = demo_dls(root/'train', size=32, bs=8)
+    return vision_learner(dls, 'test_resnet', pretrained=False, metrics=accuracy)
+
+@pytest.fixture(scope='module')
+def learn(root): return _learner(root)
+
+def _fails(msg, f, *args, **kwargs):
+    with pytest.raises(DataError, match=msg): f(*args, **kwargs)
+
+def test_order_of_the_table_and_of_the_folder(root):
+    ids = list(pd.read_csv(root/'test.csv').id)
+    for o in (root, root/'test.csv'):
+        images = find_images(o)
+        assert (images.ids,[f.stem for f in images.files],images.column)==(ids,ids,'id')
+    assert find_images(root/'test').ids==sorted(f'{o}.webp' for o in ids)
+    assert find_images(find_images(root)).ids==ids and len(find_images(list((root/'test').iterdir())))==5
+
+def test_labelled_images_are_not_asked_about(tmp_path, root):
+    shutil.copytree(root/'train', tmp_path/'train')
+    _fails('outside of its folders', find_images, tmp_path)
+    _copy([next((root/'test').iterdir())], tmp_path/'other')
+    assert [f.parent.name for f in find_images(tmp_path).files]==['other']
+
+@pytest.mark.parametrize('rows,msg', [(['nobody'], 'is no image'), ([], 'has no rows'), (['twin'], 'stands for several files')])
+def test_a_table_that_names_what_is_not_there(rows, msg, tmp_path, root):
+    src = next((root/'test').iterdir())
+    for d in 'ab':
+        (tmp_path/d).mkdir()
+        shutil.copy(src, tmp_path/d/f'twin{src.suffix}')
+    pd.DataFrame(dict(id=rows)).to_csv(tmp_path/'test.csv', index=False)
+    _fails(msg, find_images, tmp_path)
+
+@pytest.mark.parametrize('path,msg', [('nowhere','not there'), ('file.txt','neither a folder nor a table'), ('empty','No images to predict'), ('bad.csv','cannot be read as a table')])
+def test_no_images(path, msg, tmp_path):
+    (tmp_path/'file.txt').write_text('x')
+    (tmp_path/'empty').mkdir()
+    (tmp_path/'bad.csv').write_bytes(b'\xff\xfe\x00"')
+    _fails(msg, find_images, tmp_path/path)
+
+def test_predictions_are_fastais(learn, root):
+    p = predict_images(learn, root)
+    theirs,_,dec = learn.get_preds(dl=learn.dls.test_dl(p.images.files), with_decoded=True)
+    assert np.allclose(p.preds, theirs, atol=1e-6) and p.labels==[learn.dls.vocab[i] for i in dec]
+    assert np.array_equal(p.preds, predict_images(learn, root, bs=2).preds) or np.allclose(p.preds, predict_images(learn, root, bs=2).preds, atol=1e-5)
+
+def test_random_numbers_and_the_learner_stay(learn, root):
+    before,state = {k:v.clone() for k,v in learn.model.state_dict().items()},torch.get_rng_state()
+    a = predict_images(learn, root, tta=2, seed=1)
+    assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    assert np.array_equal(a.preds, predict_images(learn, root, tta=2, seed=1).preds) and not np.array_equal(a.preds, predict_images(learn, root, tta=2, seed=2).preds)
+
+def test_files_folders_and_ensembles(learn, root, tmp_path):
+    other = _learner(root, seed=1)
+    for i,o in enumerate((learn,other)): export_learner(o, tmp_path/f'learner-{i}.pkl')
+    mean = (predict_images(learn, root).preds+predict_images(other, root).preds)/2
+    for o in (tmp_path, [tmp_path/'learner-0.pkl', str(tmp_path/'learner-1.pkl')], [learn,other]): assert np.allclose(predict_images(o, root).preds, mean, atol=1e-6)
+
+def test_classes_in_another_order(learn, root):
+    "Two learners of one task may have been given their classes in other orders"
+    other = _learner(root)
+    other.model.load_state_dict(learn.model.state_dict())
+    other.dls.vocab.items = L(reversed(other.dls.vocab.items)) if isinstance(other.dls.vocab.items, L) else list(reversed(other.dls.vocab.items))
+    p = predict_images([learn,other], root)
+    assert np.allclose(p.preds, .5, atol=1e-6)
+
+def test_other_classes_are_refused(learn, root, tmp_path):
+    for c in ('flags','music'): _copy(sorted((clipart_path()/c).iterdir())[:8], tmp_path/'train'/c)
+    _fails('do not know the same classes', predict_images, [learn,_learner(tmp_path)], root)
+
+@pytest.mark.parametrize('content,msg', [(None,'No learner'), (b'x','cannot be loaded'), (dict(a=1),'cannot be loaded|holds a dict')])
+def test_no_learner(content, msg, root, tmp_path):
+    f = tmp_path/'learner.pkl'
+    if isinstance(content, bytes): f.write_bytes(content)
+    elif content: torch.save(content, f)
+    _fails(msg, predict_images, f, root)
+
+def test_an_image_that_cannot_be_opened_has_a_row(learn, root, tmp_path):
+    _copy((root/'test').iterdir(), tmp_path/'test')
+    (tmp_path/'test'/'broken.png').write_bytes(b'no image')
+    with pytest.warns(UserWarning, match='1 images cannot be opened.*broken.png'): p = predict_images(learn, tmp_path)
+    i = [f.name for f in p.images.files].index('broken.png')
+    assert len(p.labels)==6 and np.allclose(p.preds[i], np.delete(p.preds, i, 0).mean(0), atol=1e-6)
+
+# ---- the shape of the answer
+
+def _shaped(p, **cols): return p.table(pd.DataFrame(dict(id=p.images.ids[:2], **cols)))
+
+def test_labels_and_probabilities(learn, root):
+    p = predict_images(learn, root)
+    assert p.table().values.tolist()==[list(o) for o in zip(p.images.ids, p.labels)]
+    assert _shaped(p, label='food').label.tolist()==p.labels[:2]
+    t = _shaped(p, food=.5, flags=.5)
+    assert list(t.columns)==['id','food','flags'] and np.allclose(t[['flags','food']].values.astype(float), p.preds[:2])
+    assert np.allclose(p.table(pd.DataFrame(dict(id=p.images.ids[:2], target=.5)), positive='food').target.astype(float), p.preds[:2,1])
+
+@pytest.mark.parametrize('cols,kw,msg', [(dict(food=1,flag=1),{},"Did you mean 'flags'"), (dict(target=.5),{},'positive='), (dict(target=.5),dict(positive='fod'),"Did you mean 'food'")])
+def test_a_sample_that_does_not_fit(cols, kw, msg, learn, root):
+    p = predict_images(learn, root)
+    _fails(msg, p.table, pd.DataFrame(dict(id=p.images.ids[:2], **cols)), **kw)
+    _fails('1 rows without a prediction', p.table, pd.DataFrame(dict(id=['nobody'], label='x')))
+
+def test_saved_whole(learn, root, tmp_path):
+    p = predict_images(learn, root)
+    f = p.save(tmp_path/'submission.csv')
+    assert pd.read_csv(f).equals(p.table()) and [o.name for o in tmp_path.iterdir()]==['submission.csv']
+
+def test_several_labels_and_numbers(root):
+    files = get_image_files(root/'train')
+    def _dls(block, get_y): return DataBlock((ImageBlock,block), get_items=get_image_files, get_y=get_y, splitter=RandomSplitter(seed=1), item_tfms=Resize(32)).dataloaders(root/'train', bs=8)
+    def _two(f): return [f.parent.name, 'drawing']
+    def _size(f): return float(len(f.name))
+    many = predict_images(vision_learner(_dls(MultiCategoryBlock, _two), 'test_resnet', pretrained=False), root)
+    assert all(set(o.split())<={'flags','food','drawing'} for o in many.labels) and many.preds.shape==(5,3)
+    number = predict_images(vision_learner(_dls(RegressionBlock, _size), 'test_resnet', pretrained=False, n_out=1, loss_func=MSELossFlat()), root)
+    assert number.classes is None and np.allclose(number.labels, number.preds[:,0]) and number.table(pd.DataFrame(dict(id=number.images.ids, size=0.))).shape==(5,2)
+
+# ---- folds
+
+def test_folds_deal_out_each_image_once(root):
+    folds = image_folds(root/'train', 3)
+    assert np.array_equal(sum(np.array(f.is_valid, int) for f in folds), np.ones(24))
+    assert all([f.labels[i] for i,v in enumerate(f.is_valid) if v].count('food')==4 for f in folds)
+    assert [f.is_valid for f in image_folds(root/'train', 3)]==[f.is_valid for f in folds]!=[f.is_valid for f in image_folds(root/'train', 3, seed=1)]
+
+@pytest.mark.parametrize('n', [1, 0, 2.5, 13])
+def test_folds_that_cannot_be(n, root): _fails('n_folds' if n<2 or n==2.5 else 'fewer images than there are folds', image_folds, root/'train', n)
+
+def test_out_of_fold(root):
+    learners = [vision_learner(demo_dls(f, size=32, bs=8), 'test_resnet', pretrained=False) for f in image_folds(root/'train', 2)]
+    oof = fold_predictions(learners)
+    assert len(set(oof.images.files))==24 and oof.targets==[Path(o).parent.name for o in oof.images.files]
+    k = len(learners[0].dls.valid_ds)
+    assert np.allclose(oof.preds[k:], learners[1].get_preds()[0], atol=1e-6) and 0<=oof.accuracy<=1
+    _fails('Nobody knows', lambda: predict_images(learners, root).accuracy)
