@@ -130,7 +130,8 @@ def step_specs(archs, bs, px, steps):
 
 def epoch(how, n_train, epochs):
     "Seconds of building features, and of the epochs in which its head trains; `how` is 'fastai', 'ours' or 'cached'"
-    from fastai_discriminative.cli import _Job,_parser
+    from fastai_discriminative.cli import _parser
+    from fastai_discriminative.jobs import _Job
     from fastai_discriminative.demo import clipart_path,folder_images,lite0_weights
     a = _parser().parse_args(['demo', '--size', '64', '--bs', '32', '--n-train', str(n_train)])
     job,build = _Job(a, folder_images(clipart_path(), verify=False), 'tf_efficientnet_lite0', lite0_weights()),[]

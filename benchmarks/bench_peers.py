@@ -16,7 +16,8 @@ from pathlib import Path
 import torch,torch.nn.functional as F
 from fastai.vision.all import Callback,Learner,OptimWrapper,accuracy,apply_init,nn,set_seed
 
-from fastai_discriminative.cli import _Job,_parser
+from fastai_discriminative.cli import _parser
+from fastai_discriminative.jobs import _Job
 from fastai_discriminative.demo import clipart_path,folder_images,lite0_weights
 from bench_step import machine
 

@@ -7,9 +7,9 @@ A case is `data-arch-size-images-epochs`, such as `clipart-lite0-160-600-10`; wi
 Every fit has the same images, transforms, weights and epochs, the frozen epoch of `fine_tune` excepted, which comes on top as fastai has it.
 A peer with a knob runs with every value on the first seed; the value that is best on validation images then runs on all seeds. `auto` is one run, whatever the case.
 Each set is split once: images to train on, images to validate on, by which knobs, epochs and `auto` choose, and images to test on, which no fit sees (`test`).
-What is not ours is done with the package that does it: timm's groups, loss and averaged weights, AutoGluon's published defaults in fastai's loop, `prodigyopt`, scikit-learn.
+What is not ours is done with the package that does it: timm's groups, loss and averaged weights, AutoGluon's published defaults in fastai's loop, `prodigyopt`, finetuning-scheduler, scikit-learn.
 """
-import argparse,sys
+import argparse,sys,tempfile
 from dataclasses import replace
 from functools import lru_cache,partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from fastai.callback.schedule import SuggestionMethod
 from fastai_discriminative.all import *
 from fastai_discriminative.demo import demo_dls,folder_images
 from bench_data import archs,sets
-from bench_peers import layer_decay_groups
+from bench_peers import layer_decay_groups,plain_tensors
 from bench_step import machine
 
 out = Path(__file__).parent/'results'/'tuned'
@@ -90,6 +90,29 @@ def prodigy(learn, n_epoch, cbs):
     peer = Learner(learn.dls, learn.model, learn.loss_func, partial(OptimWrapper, opt=partial(Prodigy, weight_decay=.01, safeguard_warmup=True)), lr=1., metrics=learn.metrics)
     with peer.no_bar(), peer.no_logging(): peer.fit_flat_cos(n_epoch+1, 1., pct_start=0., cbs=cbs)
 
+def fts(learn, n_epoch, cbs):
+    "Lightning with finetuning-scheduler's own schedule, at its defaults: from the head down, a phase ends when the validation loss stops falling, and begins from the best weights so far"
+    import lightning.pytorch as pl
+    from finetuning_scheduler import FTSCheckpoint,FTSEarlyStopping,FinetuningScheduler
+    learn.unfreeze() # the scheduler freezes
+    class Net(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone,self.head = learn.model
+        def training_step(self, b, i):
+            x,y = plain_tensors(b)
+            return F.cross_entropy(self.head(self.backbone(x)), y)
+        def validation_step(self, b, i):
+            x,y = plain_tensors(b)
+            self.log('val_loss', F.cross_entropy(self.head(self.backbone(x)), y), batch_size=len(y))
+        def configure_optimizers(self): return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+    with tempfile.TemporaryDirectory() as tmp:
+        own = [FinetuningScheduler(log_dir=tmp), FTSCheckpoint(dirpath=tmp, monitor='val_loss', save_top_k=1), FTSEarlyStopping(monitor='val_loss')]
+        quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp)
+        pl.Trainer(accelerator='auto', devices=1, max_epochs=n_epoch+1, callbacks=own, **quiet).fit(Net(), learn.dls.train, learn.dls.valid)
+    learn.model.to(learn.dls.device)
+    with learn.added_cbs(cbs): learn.validate()
+
 def pooled(learn, files):
     "Features of the pretrained body for `files`, pooled where they are maps"
     m = learn.model.eval().to(learn.dls.device)
@@ -119,7 +142,7 @@ base_lrs,layer_lrs = (2e-3,5e-3,1e-2,2e-2),(1e-4,3e-4,1e-3)
 ours = {'head alone':'feature_extraction', "auto's head":[Phase(10, frozen=-1, cached=True)], 'auto':'auto'}
 tuned = {'fine_tune': {f'fine_tune {lr:g}':partial(fine_tune, lr) for lr in base_lrs},
     'timm': {f'timm {lr:g}':partial(layer_decay, lr, .75, True, .1) for lr in layer_lrs}}
-fixed = {'logistic':logistic, 'fine_tune lr_find':fine_tune_found, 'autogluon':partial(layer_decay, 1e-4, .9, False, .1), 'prodigy':prodigy}
+fixed = {'logistic':logistic, 'fine_tune lr_find':fine_tune_found, 'autogluon':partial(layer_decay, 1e-4, .9, False, .1), 'prodigy':prodigy, 'finetuning-scheduler':fts}
 cases = ['clipart-lite0-160-600-10','elpv-lite0-160-600-10','fashion-lite0-160-600-10']
 
 def compare(case, strategies, seeds):

@@ -13,6 +13,7 @@ Modules:
 - `fastai_discriminative.backbone`: What a model is called inside wrappers, which of its modules are norms, and where in it the pretrained backbone is
 - `fastai_discriminative.builder`: A learner in layer groups for any architecture of timm, torchvision or fastai, with the arguments of `vision_learner`
 - `fastai_discriminative.checks`: The whole battery of proofs for a splitter or a family, in one line of pytest
+- `fastai_discriminative.cli`: `fastai-discriminative`: fine-tune on a folder of images, look at groups and presets, run the demo
 - `fastai_discriminative.compare`: Should new layers learn faster than pretrained ones? Ask your own data: several strategies, several seeds, one call
 - `fastai_discriminative.core`: What every room of the package needs: errors, hints, tables in text and HTML, packaged data
 - `fastai_discriminative.coverage`: What was proved, for which architectures, by which rule, and where it does not hold
@@ -25,6 +26,7 @@ Modules:
 - `fastai_discriminative.freeze`: A freeze that freezes: what is frozen does not move by one bit, and norm layers follow one choice
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
 - `fastai_discriminative.holding`: Callbacks that take something of a learner while it trains, and give it back however the fit ends
+- `fastai_discriminative.jobs`: What the commands do: train once, with several seeds, in folds or by several strategies, and predict; and what they leave behind
 - `fastai_discriminative.keys`: What kept features depend on, in a form that can be compared
 - `fastai_discriminative.layers`: For each parameter of a model: its layer, its depth, and whether it is new, a norm's, undecayed, shared or unused
 - `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes

@@ -36,8 +36,8 @@ class TrainClock(Callback):
         return time.perf_counter()
     def _row(self):
         self._last = self.learn.final_record
-        vals = dict(zip(self.recorder.metric_names[1:], self._last))
-        self.rows.append(dict(epoch=len(self.rows)+1, train_s=self.seconds, **{k:float(v) for k,v in vals.items()}))
+        names = [o for o in self.recorder.metric_names[1:] if o!='time'][-len(self._last):] # `validate` has no training loss
+        self.rows.append(dict(epoch=len(self.rows)+1, train_s=self.seconds, **{k:float(v) for k,v in zip(names, self._last)}))
     def before_epoch(self): self._start = self._now() # what other callbacks prepare as training begins counts
     def after_train(self): self.seconds += self._now()-self._start
     def after_epoch(self): self._row()

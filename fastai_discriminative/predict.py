@@ -140,9 +140,9 @@ class Predictions:
         if self.targets is None: raise DataError("Nobody knows what is right for these images.")
         return float(np.mean([a==b for a,b in zip(self.labels, self.targets)]))
 
-def _labels(learn, preds, classes):
+def _labels(loss_func, preds, classes):
     "What `preds` stand for, in words or numbers"
-    dec = getattr(learn.loss_func, 'decodes', noop)(preds)
+    dec = getattr(loss_func, 'decodes', noop)(preds)
     if classes is None: return preds.squeeze(1).tolist() if preds.ndim==2 and preds.shape[1]==1 else preds.tolist()
     if dec.ndim==1: return [classes[i] for i in dec.tolist()]
     return [' '.join(c for c,on in zip(classes, row) if on) for row in dec.bool().tolist()]
@@ -166,7 +166,7 @@ def predict_images(
         learn = _learner(o)
         preds,own = _preds(learn, learn.dls.test_dl(good, bs=bs, num_workers=num_workers), tta, seed),_classes(learn)
         if preds.ndim>2 or (own is not None and preds.shape[-1]!=len(own)): raise DataError(f"{o} predicts {tuple(preds.shape[1:])} values an image, neither classes nor numbers.")
-        first = first or (learn,own)
+        first = first or (learn.loss_func,own)
         total = total + _same_classes(first[1], own, preds)/len(files)
     preds = total.mean(0, keepdim=True).repeat(len(ok), *[1]*(total.ndim-1))
     preds[torch.tensor(ok)] = total
@@ -233,16 +233,17 @@ def image_folds(
     return [_fold(v) for _,v in StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(fi.files, fi.labels)]
 
 def fold_predictions(
-    learners, # One a fold, each with its validation images
+    learners, # One a fold, each with its validation images; they may be trained on the way, one after the other
     tta:int=0, # As for `predict_images`
     seed:int=42 # Seed of the augmentations
 )->Predictions: # Of all images that somebody validated on
     "What each learner says about its own validation images, together"
-    parts,classes = [],_classes(learners[0])
+    files,targets,preds,first = [],[],[],None
     for o in learners:
-        files,ys = list(o.dls.valid_ds.items),o.dls.valid_ds.tls[1]
-        preds = _same_classes(classes, _classes(o), _preds(o, o.dls.test_dl(files), tta, seed))
-        parts.append((files, [str(f) for f in files], preds, [str(o.dls.vocab[int(ys[i])]) for i in range(len(files))]))
-    files,ids,preds,y = zip(*parts)
+        items,ys,own = list(o.dls.valid_ds.items),o.dls.valid_ds.tls[1],_classes(o)
+        first = first or (o.loss_func,own)
+        files += items
+        targets += [own[int(ys[i])] for i in range(len(items))]
+        preds.append(_same_classes(first[1], own, _preds(o, o.dls.test_dl(items), tta, seed)))
     preds = torch.cat(preds)
-    return Predictions(UnseenImages(sum(files, []), sum(ids, [])), preds.numpy(), classes, _labels(learners[0], preds, classes), sum(y, []))
+    return Predictions(UnseenImages(files, list(map(str, files))), preds.numpy(), first[1], _labels(first[0], preds, first[1]), targets)

@@ -1,8 +1,8 @@
 "The command as a user runs it: in a process of its own"
-import os,re,shutil,signal,subprocess,sys,time
+import json,os,re,shutil,signal,subprocess,sys,time
 from functools import partial
 from pathlib import Path
-import pytest,timm
+import pandas as pd,pytest,timm
 import fastai_discriminative
 from fastai.vision.all import Image,load_learner
 from fastai_discriminative.cli import _parser,main
@@ -35,11 +35,11 @@ def test_demo(tmp_path):
     r = _run('demo', '--n-train', 64, '--epochs', 1, '--seeds', 2, '--size', 32, '--valid-pct', .05, cwd=tmp_path)
     assert r.returncode==0, r.stderr
     assert not r.stderr
-    assert re.search(r'tf_efficientnet_lite0.*: \d+ groups', r.stdout) and 'frozen' in r.stdout and 'Epoch 1/11' in r.stdout
+    assert re.search(r'tf_efficientnet_lite0.*: \d+ groups', r.stdout) and 'frozen' in r.stdout and re.search(r'^epoch 0  train_loss [\d.]+  valid_loss [\d.]+  accuracy [\d.]+  ', r.stdout, re.M)
     rows = re.findall(r"^(auto|fastai's fine_tune) +(42|43|mean) +\d+ +[\d.]+% +[\d.]+ s$", r.stdout, re.M)
     assert len(rows)==6 and 'the head alone reached accuracy' in r.stdout
     out = tmp_path/'discriminative-demo'
-    assert sorted(o.name for o in out.iterdir())==['accuracy.png','learner.pkl']
+    assert sorted(o.name for o in out.iterdir())==['accuracy.png','history.csv','learner.pkl','run.json']
     assert Image.open(out/'accuracy.png').size[0]>500
 
 def test_finetune_skips_and_reports_an_unreadable_image(photos, tmp_path):
@@ -47,7 +47,7 @@ def test_finetune_skips_and_reports_an_unreadable_image(photos, tmp_path):
     r = _run('finetune', photos, *args, cwd=tmp_path)
     assert r.returncode==0, r.stderr
     assert r.stderr.strip()==f"note: Skipped 1 unreadable image: {photos/'food'/'broken.png'}"
-    assert ': 4 groups' in r.stdout and 'Epoch' not in r.stdout and "fine_tune" in r.stdout
+    assert ': 4 groups' in r.stdout and 'epoch 0' not in r.stdout and "fine_tune" in r.stdout
     learn = load_learner(tmp_path/'discriminative-photos'/'learner.pkl')
     assert learn.dls.vocab==['flags','food']
     with learn.no_bar(): assert learn.predict(next((photos/'flags').iterdir()))[0] in ('flags','food')
@@ -120,3 +120,65 @@ def test_interrupt(tmp_path):
     _,err = p.communicate(timeout=60)
     assert p.returncode==130 and 'Interrupted' in err and 'Traceback' not in err
     assert not list(tmp_path.iterdir())
+
+@pytest.mark.skipif(os.name=='nt', reason='no SIGINT to another process')
+def test_interrupt_after_an_epoch_keeps_what_was_best(photos, tmp_path):
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    args = map(str, ['finetune', photos, '--arch', 'test_resnet', '--from-scratch', '--strategy', 'uniform', '--size', 32, '--epochs', 5000, '--threads', 1, '--folds', 2])
+    p = subprocess.Popen([*_cmd, *args], cwd=tmp_path, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    while 'epoch 2 ' not in (line := p.stdout.readline()): assert line, p.stderr.read()
+    p.send_signal(signal.SIGINT)
+    _,err = p.communicate(timeout=60)
+    out = tmp_path/'discriminative-photos'
+    assert p.returncode==130 and 'What was best until then is in' in err and 'Traceback' not in err
+    assert sorted(o.name for o in out.iterdir())==['history.csv','learner-fold1.pkl','oof.csv','run.json']
+    run = json.loads((out/'run.json').read_text())
+    assert run['stopped'] and run['results'][0]['accuracy']==pytest.approx(run['out_of_fold'])
+
+_quick = ['--arch','test_resnet','--from-scratch','--strategy','uniform','--size','32','--epochs','1','--threads','1','--quiet']
+
+def test_a_folder_becomes_a_submission(photos, tmp_path, monkeypatch, capsys):
+    "Two commands; a third does not replace what they wrote"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos, 'comp/train')
+    (tmp_path/'comp'/'test').mkdir()
+    for i,f in enumerate(sorted((photos/'flags').glob('*.webp'))[:5]): shutil.copy(f, tmp_path/'comp'/'test'/f'{i}{f.suffix}')
+    pd.DataFrame(dict(id=[4,3,2,1,0])).to_csv('comp/test.csv', index=False)
+    assert main(['finetune','comp',*_quick])==main(['predict','discriminative-comp/learner.pkl','comp'])==0
+    df = pd.read_csv('submission.csv')
+    assert list(df.id)==[4,3,2,1,0] and set(df.label)<={'flags','food'}
+    assert 'is there already' in _fails(capsys, 'predict', 'discriminative-comp', 'comp') and pd.read_csv('submission.csv').equals(df)
+    assert 'no folder' in _fails(capsys, 'predict', 'discriminative-comp', 'comp', '--csv', 'nowhere/x.csv')
+    assert main(['predict','discriminative-comp','comp','--overwrite','--tta','2','--ensemble','discriminative-comp/learner.pkl'])==0
+    assert main(['finetune','comp',*_quick])==0 and (tmp_path/'discriminative-comp-2'/'learner.pkl').exists()
+    assert 'results of another run' in _fails(capsys, 'finetune', 'comp', *_quick, '--out', 'discriminative-comp')
+    assert main(['finetune','comp',*_quick,'--out','discriminative-comp','--overwrite'])==0
+
+def test_json_is_all_that_stdout_has(photos, tmp_path, capsys):
+    assert main(['finetune',str(photos),*_quick,'--json','--out',str(tmp_path/'a')])==0
+    out,err = capsys.readouterr()
+    rec = json.loads(out)
+    assert rec==json.loads((tmp_path/'a'/'run.json').read_text()) and 'Saved' in err
+    assert rec['arguments']['arch']=='test_resnet' and set(rec['versions'])=={'python','fastai_discriminative','fastai','timm','torch'}
+    assert rec['results'][0]['accuracy']==pytest.approx(pd.read_csv(tmp_path/'a'/'history.csv').accuracy.iloc[-1])
+
+def test_folds(photos, tmp_path, capsys):
+    out = tmp_path/'out'
+    assert main(['finetune',str(photos),*_quick,'--folds','3','--out',str(out)])==0
+    assert 'Out of fold' in capsys.readouterr().out
+    oof = pd.read_csv(out/'oof.csv')
+    assert len(oof)==48 and oof.file.is_unique and (oof.truth==oof.file.map(lambda o: Path(o).parent.name)).all() and len(list(out.glob('learner-fold?.pkl')))==3
+    assert (oof.label==oof[['probability flags','probability food']].idxmax(1).str.removeprefix('probability ')).all()
+    assert main(['finetune',str(photos),*_quick,'--folds','2','--out',str(out),'--overwrite'])==0 and len(list(out.glob('learner-fold?.pkl')))==2
+    assert main(['predict',str(out),str(photos/'food'),'--csv',str(tmp_path/'x.csv')])==0
+
+def test_compare_goes_on_where_it_stopped(photos, tmp_path, capsys):
+    args = ['compare',str(photos),'--arch','test_resnet','--from-scratch','--size','32','--epochs','1','--threads','1','--quiet','--out',str(tmp_path/'c')]
+    assert main([*args,'--strategies','uniform','--seeds','1'])==0
+    first = json.loads((tmp_path/'c'/'comparison.json').read_text())['jobs']
+    assert main([*args,'--strategies','uniform','fastai','--seeds','2'])==0
+    jobs = json.loads((tmp_path/'c'/'comparison.json').read_text())['jobs']
+    assert jobs[0]==first[0] and {(j['strategy'],j['seed']) for j in jobs}=={(s,k) for s in ('uniform','fastai') for k in (0,1)}
+    assert Image.open(tmp_path/'c'/'comparison.png').size[0]>500 and '4 fits' in capsys.readouterr().out
+    assert "begun with size=32, and now it is 48" in _fails(capsys, *args, '--size', 48)
+    assert "Did you mean 'lp_ft'" in _fails(capsys, *args, '--strategies', 'lpft')

@@ -201,3 +201,12 @@ def test_jobs_share_the_cores(monkeypatch):
     before = torch.get_num_threads()
     with cm._threads(3): assert torch.get_num_threads()==3
     assert torch.get_num_threads()==before
+
+def test_a_clock_names_what_a_validation_without_a_fit_has():
+    "fastai's `validate` has no training loss, so its record is shorter by one"
+    learn,clock = make(),TrainClock()
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(clock):
+        learn.fit(1)
+        loss,acc = learn.validate()
+    assert [set(r) for r in clock.rows]==[{'epoch','train_s','train_loss','valid_loss','accuracy'}, {'epoch','train_s','valid_loss','accuracy'}]
+    assert (clock.rows[1]['valid_loss'],clock.rows[1]['accuracy'])==pytest.approx((loss,acc))
