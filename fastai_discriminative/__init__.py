@@ -47,6 +47,7 @@ Modules:
 - `fastai_discriminative.rules`: Four rules that any splitter has to keep, and what breaks them by name
 - `fastai_discriminative.schedules`: Schedules and a recorder that cost next to nothing a batch, and give the same numbers bit for bit
 - `fastai_discriminative.strategies`: Every common practice of fine-tuning by name, with its source
+- `fastai_discriminative.time_limit`: End a fit in time, with what it has come to
 - `fastai_discriminative.trace`: The order in which a model really uses its parameters
 - `fastai_discriminative.weights`: Checkpoints from files, and bodies of timm and torchvision that a head can read"""
 

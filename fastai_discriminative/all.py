@@ -9,6 +9,7 @@ from .presets import *
 from .families import *
 from .optimizer import *
 from .freeze import *
+from .time_limit import *
 from .learner import *
 from .builder import *
 from .prefix import *

@@ -68,6 +68,7 @@ _seed = _number(int, 0, 'a whole number from 0 to 4294967295', 2**32)
 _procs = _number(int, 0, 'a whole number from 0 to 256', 257)
 _folds = _number(int, 2, 'a whole number from 2 to 100', 101)
 _rate = _number(float, 1e-12, 'a positive learning rate')
+_minutes = _number(float, 1e-9, 'a positive number of minutes', 1e6)
 _share = _number(float, 1e-9, 'a share between 0 and 1', 1.)
 
 def _path(s):
@@ -101,6 +102,7 @@ def _add_training(p, size, n_threads, out, n_train, saved='learner.pkl, accuracy
     p.add_argument('--n-groups', type=_n_groups, metavar='N|block', help="number of layer groups with the head's, or 'block' for the finest (default: the family's)")
     p.add_argument('--n-train', type=_n_train, default=n_train, metavar='N|all', help=f"images to train on (default: {n_train or 'all'})")
     p.add_argument('--valid-pct', type=_share, default=.2, help='share of each class to validate on, without a valid folder (default: %(default)s)')
+    p.add_argument('--time-limit', type=_minutes, metavar='MIN', help='stop in so many minutes, and save what was best until then')
     p.add_argument('--quiet', action='store_true', help='no progress bars, no line for each epoch')
     p.add_argument('--out', type=_path, metavar='DIR', help=f"folder for {saved} (default: {out}, with a number if it is taken)")
     _add_common(p, n_threads, 'seed of the split and of the first run')

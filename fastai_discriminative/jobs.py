@@ -24,6 +24,7 @@ from .core import *
 from .files import *
 from .registry import *
 from .presets import *
+from .time_limit import *
 from .builder import *
 from .phases import *
 from .strategies import *
@@ -79,11 +80,12 @@ def _offline_hint(arch):
 class _Job:
     "Images, architecture and settings of one command"
     def __init__(self, a, images, arch, weights_file=None, pretrained=True):
-        self.a,self.images,self.arch,self.pretrained,self.strategy,self.stopped = a,images,arch,pretrained,_strategy_of(a),False
+        self.a,self.images,self.arch,self.pretrained,self.strategy,self.stopped = a,images,arch,pretrained,_strategy_of(a),''
         self.weights_file = None if weights_file is None else Path(weights_file).expanduser()
         self.size,self.timm_args = _size_args(arch, a.size)
         self.preset = _own_preset(arch, a.bs, getattr(a, 'lr_low', None), getattr(a, 'lr_high', None))
         self.n_workers = getattr(a, 'workers', 0)
+        self.limit = TimeLimit(a.time_limit) if a.time_limit else None
 
     def dls(self): return demo_dls(self.images, self.a.n_train, self.size, self.a.bs, self.a.seed, self.a.valid_pct, self.n_workers)
 
@@ -121,19 +123,21 @@ def _shown(learn, quiet):
 def _stop(job, learn, clock):
     "End a fit where it was interrupted, if it has come to anything"
     if not clock.rows: raise
-    job.stopped = True
+    job.stopped = 'by Ctrl-C'
     with learn.no_bar(), learn.no_logging(): vals = learn.validate()
     clock.rows.append({**clock.rows[-1], **dict(zip(learn.recorder.metric_names[2:-1], map(float, vals)))})
 
 def _run(job, how, seed):
-    "Train one learner"
+    "Train one learner: `[(learner, run)]`, or `[]` if there was no time for an epoch"
     make,f,name = dict(ours=(job.ours, _fit_ours, job.strategy), stock=(job.stock, _fit_stock, "fastai's fine_tune"))[how]
     def fit(learn, cbs):
         with _shown(learn, job.a.quiet):
-            try: f(learn, job.a.epochs, cbs, job.strategy)
+            try: f(learn, job.a.epochs, [*cbs, *([job.limit] if job.limit else [])], job.strategy)
             except KeyboardInterrupt: _stop(job, learn, cbs[0])
     print(f'\n{name}, seed {seed}', flush=True)
-    return timed_run(name, make, fit, seed)
+    learn,r = timed_run(name, make, fit, seed)
+    if job.limit and job.limit.is_over: job.stopped = f'after {job.limit.minutes:g} minutes'
+    return [(learn,r)] if r.rows else []
 
 # %% ../nbs/14b_jobs.ipynb #270dfd75
 def _race(job, compare):
@@ -142,9 +146,10 @@ def _race(job, compare):
     for seed in range(job.a.seed, job.a.seed+job.a.seeds):
         for how in ('ours','stock')[:1+compare]:
             if job.stopped: break
-            learn,r = _run(job, how, seed)
-            runs.append(r)
-            if how=='ours': first = first or learn
+            for learn,r in _run(job, how, seed):
+                runs.append(r)
+                if how=='ours': first = first or learn
+    if not runs: raise StrategyError(f"There was no time for an epoch: {job.stopped or 'nothing was trained'}.")
     return runs,first
 
 # %% ../nbs/14b_jobs.ipynb #0c01bb98
@@ -219,7 +224,9 @@ def _results(a, name, again=False):
 def _end(job, out, names):
     "Say what was saved, and how it ended"
     print(f"Saved {', '.join(names)} in {out}.")
-    if job.stopped: raise KeyboardInterrupt(f"Stopped by Ctrl-C. What was best until then is in {out}.")
+    how = f"Stopped {job.stopped}. What was best until then is in {out}."
+    if job.stopped=='by Ctrl-C': raise KeyboardInterrupt(how)
+    if job.stopped: print(how)
 
 # %% ../nbs/14b_jobs.ipynb #63230dbd
 def _train(job, compare, out, rec, start):
@@ -246,11 +253,12 @@ def _fold_learners(job, folds, out, runs):
         part = copy(job)
         part.images = f
         print(f'\nFold {i} of {len(folds)}', end='')
-        learn,r = _run(part, 'ours', job.a.seed)
+        done = _run(part, 'ours', job.a.seed)
         job.stopped = part.stopped
-        runs.append(replace(r, how=f'{r.how}, fold {i}'))
-        with _writing(out): export_learner(learn, out/f'learner-fold{i}.pkl')
-        yield learn
+        for learn,r in done:
+            runs.append(replace(r, how=f'{r.how}, fold {i}'))
+            with _writing(out): export_learner(learn, out/f'learner-fold{i}.pkl')
+            yield learn
 
 def _oof_table(p):
     "Out-of-fold predictions `p` as a table"

@@ -245,5 +245,6 @@ def fold_predictions(
         files += items
         targets += [own[int(ys[i])] for i in range(len(items))]
         preds.append(_same_classes(first[1], own, _preds(o, o.dls.test_dl(items), tta, seed)))
+    if not preds: raise DataError("There is no learner to ask.")
     preds = torch.cat(preds)
     return Predictions(UnseenImages(files, list(map(str, files))), preds.numpy(), first[1], _labels(first[0], preds, first[1]), targets)

@@ -133,7 +133,7 @@ def test_interrupt_after_an_epoch_keeps_what_was_best(photos, tmp_path):
     assert p.returncode==130 and 'What was best until then is in' in err and 'Traceback' not in err
     assert sorted(o.name for o in out.iterdir())==['history.csv','learner-fold1.pkl','oof.csv','run.json']
     run = json.loads((out/'run.json').read_text())
-    assert run['stopped'] and run['results'][0]['accuracy']==pytest.approx(run['out_of_fold'])
+    assert run['stopped']=='by Ctrl-C' and run['results'][0]['accuracy']==pytest.approx(run['out_of_fold'])
 
 _quick = ['--arch','test_resnet','--from-scratch','--strategy','uniform','--size','32','--epochs','1','--threads','1','--quiet']
 
@@ -182,3 +182,12 @@ def test_compare_goes_on_where_it_stopped(photos, tmp_path, capsys):
     assert Image.open(tmp_path/'c'/'comparison.png').size[0]>500 and '4 fits' in capsys.readouterr().out
     assert "begun with size=32, and now it is 48" in _fails(capsys, *args, '--size', 48)
     assert "Did you mean 'lp_ft'" in _fails(capsys, *args, '--strategies', 'lpft')
+
+@pytest.mark.parametrize('folds', [[], ['--folds','2']])
+def test_a_time_limit_leaves_what_was_best(folds, photos, tmp_path, capsys):
+    args = ['finetune',str(photos),*_quick,*folds,'--epochs','5000','--out',str(tmp_path/'out')]
+    assert main([*args,'--time-limit','.08'])==0
+    assert 'Stopped after 0.08 minutes' in capsys.readouterr().out
+    run = json.loads((tmp_path/'out'/'run.json').read_text())
+    assert run['stopped']=='after 0.08 minutes' and len(run['results'])==1 and len(list((tmp_path/'out').glob('learner*.pkl')))==1
+    assert re.search('no time for an epoch|no learner to ask', _fails(capsys, *args, '--time-limit', '1e-6', '--overwrite'))

@@ -1,0 +1,51 @@
+"A fit ends in time, with what it has come to"
+import time
+
+import pytest,torch
+from fastai.vision.all import Callback,CrossEntropyLossFlat,DataLoader,DataLoaders,Learner,accuracy
+from fastai_discriminative.all import *
+from torch import nn
+
+class Slow(Callback):
+    def after_batch(self): time.sleep(.02)
+
+def _learner():
+    torch.manual_seed(0)
+    x,y = torch.randn(64, 4),torch.arange(64)%3
+    items = list(zip(x, y))
+    return Learner(DataLoaders(DataLoader(items[:48], bs=8), DataLoader(items[48:], bs=8)), nn.Sequential(nn.Linear(4,8), nn.ReLU(), nn.Linear(8,3)), CrossEntropyLossFlat(), metrics=accuracy)
+
+@pytest.mark.parametrize('minutes', [0, -1, float('nan'), float('inf'), 'x'])
+def test_wrong_minutes(minutes):
+    with pytest.raises(StrategyError, match='must be a positive number'): TimeLimit(minutes)
+
+def test_no_epoch_begins_that_would_not_be_done_in_time():
+    "An epoch takes at least .16 s, so .6 s have room for three, and no batch of a fourth is seen"
+    learn,limit = _learner(),TimeLimit(.6/60)
+    with learn.no_bar(), learn.no_logging(): learn.fit(100, cbs=[Slow(), limit])
+    assert limit.is_over and 1<=len(learn.recorder.values)<=3 and learn.recorder.smooth_loss.count==6*len(learn.recorder.values)
+
+def test_over_in_the_middle_of_the_first_epoch_and_ever_after():
+    learn,limit = _learner(),TimeLimit(.03/60)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=[Slow(), limit])
+        assert limit.is_over and learn.recorder.smooth_loss.count<6
+        learn.fit(1, cbs=limit)
+    assert learn.recorder.smooth_loss.count==0
+
+def test_in_time_changes_nothing():
+    a,b = _learner(),_learner()
+    for o,cbs in ((a,None),(b,TimeLimit(10))):
+        with o.no_bar(), o.no_logging(): o.fit(2, cbs=cbs)
+    assert all(torch.equal(v, b.model.state_dict()[k]) for k,v in a.model.state_dict().items())
+
+def test_the_best_weights_are_left():
+    "A strategy that keeps the best ends with it, as after an interrupt"
+    learn = _learner()
+    register_strategy('timed', keep_best=True)(lambda n_epoch,preset,groups: [Phase(n_epoch, 1.)]) # so fast that it gets worse again
+    learn.split(2)
+    learn.preset = Preset(1e-3, 1e-2)
+    with learn.no_bar(), learn.no_logging(): learn.fit_strategy('timed', 1000, cbs=[Slow(), TimeLimit(2/60)])
+    accs = [r[2] for r in learn.recorder.values]
+    assert 2<len(accs)<20 and max(accs)>min(accs), accs
+    with learn.no_bar(), learn.no_logging(): assert learn.validate()[1]==max(accs)
