@@ -13,7 +13,8 @@ def _learner():
     torch.manual_seed(0)
     x,y = torch.randn(64, 4),torch.arange(64)%3
     items = list(zip(x, y))
-    return Learner(DataLoaders(DataLoader(items[:48], bs=8), DataLoader(items[48:], bs=8)), nn.Sequential(nn.Linear(4,8), nn.ReLU(), nn.Linear(8,3)), CrossEntropyLossFlat(), metrics=accuracy)
+    dls = DataLoaders(DataLoader(items[:48], bs=8), DataLoader(items[48:], bs=8))
+    return Learner(dls, nn.Sequential(nn.Linear(4,8), nn.ReLU(), nn.Linear(8,3)), CrossEntropyLossFlat(), metrics=accuracy)
 
 @pytest.mark.parametrize('minutes', [0, -1, float('nan'), float('inf'), 'x'])
 def test_wrong_minutes(minutes):
