@@ -1,0 +1,120 @@
+"The website, as `tools/build_docs.py` left it: no dead link or anchor, nothing from another host; in a browser no error, enough contrast in both modes, and a search that finds"
+import http.server,os,shutil,threading
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+docs = Path(__file__).parent.parent/'_docs'
+pytestmark = [pytest.mark.skipif(not (docs/'index.html').exists(), reason='the site is not built: run `python tools/build_docs.py`'), pytest.mark.xdist_group('site')]
+
+class _Page(HTMLParser):
+    "What a page links to, what in it can be linked to, and its pictures without a text"
+    def __init__(self, path):
+        super().__init__()
+        self.ids,self.links,self.far,self.bare = set(),[],[],[]
+        self.feed(path.read_text(encoding='utf-8'))
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a[k] for k in ('id','name') if a.get(k)}
+        if tag=='a' and a.get('href'): self.links.append(a['href'])
+        url = a.get('src') or a.get('href') or ''
+        if tag in ('script','link','img','iframe') and a.get('rel')!='canonical' and url.startswith(('http:','https:','//')): self.far.append(url)
+        if tag=='img' and not a.get('alt'): self.bare.append(url[:60])
+
+@pytest.fixture(scope='module')
+def pages(): return {p:_Page(p) for p in docs.rglob('*.html')}
+
+def _dead(pages, page, link):
+    "Does `link` of `page` lead nowhere in the site?"
+    if ':' in link.partition('#')[0]: return False
+    path,_,anchor = link.partition('#')
+    to = page if not path else docs/path.lstrip('/') if path.startswith('/') else Path(os.path.normpath(page.parent/path))
+    return not to.exists() or bool(anchor and to in pages and anchor not in pages[to].ids)
+
+def test_no_dead_links(pages):
+    assert len(pages)>40
+    assert not [(p.name, o) for p,page in pages.items() for o in page.links if _dead(pages, p, o)]
+
+def test_nothing_from_another_host(pages):
+    assert not [(p.name, o) for p,page in pages.items() for o in page.far]
+    assert not [p.name for p in docs.rglob('*.css') if '@import url(http' in p.read_text(encoding='utf-8')]
+
+# ---- in a browser
+
+_flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+
+_faint = r"""()=>{ // texts whose contrast with what is behind them is below 4.5:1 (WCAG 2.2, 1.4.3)
+    const lum = c => {const f = v => {v /= 255; return v<=.03928 ? v/12.92 : ((v+.055)/1.055)**2.4}; return .2126*f(c[0])+.7152*f(c[1])+.0722*f(c[2])}
+    const parse = s => {const p = s.match(/[\d.]+/g).map(Number); return [p[0],p[1],p[2],p.length>3 ? p[3] : 1]}
+    const over = (a,b) => [0,1,2].map(i => a[i]*a[3]+b[i]*(1-a[3])).concat(1)
+    const back = e => {
+        const all = []
+        for (let n = e; n; n = n.parentElement) {const c = parse(getComputedStyle(n).backgroundColor); if (c[3]>0) all.push(c); if (c[3]==1) break}
+        return all.reverse().reduce((b,c) => over(c,b), [255,255,255,1])
+    }
+    const res = [],walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+    while (walk.nextNode()) {
+        const t = walk.currentNode,e = t.parentElement
+        if (!t.data.trim() || e.closest('svg,script,style') || !e.checkVisibility({opacityProperty:true, visibilityProperty:true})) continue
+        let opacity = 1
+        for (let n = e; n; n = n.parentElement) opacity *= +getComputedStyle(n).opacity
+        const b = back(e),f = parse(getComputedStyle(e).color),[x,y] = [lum(over([f[0],f[1],f[2],f[3]*opacity], b)),lum(b)].sort((p,q) => q-p)
+        if ((x+.05)/(y+.05)<4.5) res.push(`${e.tagName} ${e.className}: ${t.data.trim().slice(0,30)}`)
+    }
+    return res
+}"""
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def __init__(self, *args): super().__init__(*args, directory=str(docs))
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='module')
+def browser():
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not chromium: pytest.skip('no Chromium here')
+    sync = pytest.importorskip('playwright.sync_api', reason='needs playwright, of the extra `dev`')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with sync.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, args=_flags)
+        yield b,f'http://127.0.0.1:{server.server_port}/'
+        b.close()
+    server.shutdown()
+
+def _open(browser, errors, **kwargs):
+    "A new page that notes what goes wrong"
+    page = browser.new_context(**kwargs).new_page()
+    page.on('console', lambda m: errors.append((page.url, m.text)) if m.type in ('error','warning') else None)
+    page.on('pageerror', lambda e: errors.append((page.url, str(e))))
+    return page
+
+@pytest.mark.parametrize('mode', ['light','dark'])
+def test_every_page(mode, browser, pages):
+    b,url = browser
+    errors,faint = [],{}
+    page = _open(b, errors, viewport=dict(width=1200, height=900), color_scheme=mode)
+    for p in sorted(pages):
+        page.goto(url+p.relative_to(docs).as_posix())
+        if bad := page.evaluate(_faint): faint[p.name] = bad[:3]
+    assert not errors and not faint
+
+@pytest.mark.parametrize('word,title', [('layer_groups','Layer groups'), ('predict','Predict'), ('tta','Predict'), ('kaggle','Train and submit')])
+def test_search(word, title, browser):
+    b,url = browser
+    for mode in ('light','dark'):
+        page = _open(b, [], viewport=dict(width=1200, height=900), color_scheme=mode)
+        page.goto(url+'index.html')
+        page.fill('.navbar input[type=search]', word)
+        page.wait_for_selector('.search-result-title')
+        assert title in page.locator('.search-result-title').all_inner_texts() and not page.evaluate(_faint)
+
+def test_phone(browser, pages):
+    "No page is wider than a phone; what is, scrolls in a box of its own"
+    b,url = browser
+    page = _open(b, [], viewport=dict(width=360, height=740))
+    wide = {}
+    for p in sorted(pages):
+        page.goto(url+p.relative_to(docs).as_posix())
+        if (w := page.evaluate('document.documentElement.scrollWidth'))>360: wide[p.name] = w
+    assert not wide
