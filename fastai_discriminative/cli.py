@@ -46,7 +46,7 @@ def _cmd_families(a):
 def _strategy_of(a):
     "Name of the strategy that the arguments `a` ask for; raises `StrategyError` if there is none"
     from fastai_discriminative.all import find_strategy
-    by_hand = getattr(a, 'lr_low', None) is not None or getattr(a, 'lr_high', None) is not None
+    by_hand = (getattr(a, 'lr_low', None) is not None or getattr(a, 'lr_high', None) is not None) and not getattr(a, 'from_scratch', False)
     return find_strategy(('lp_ft' if by_hand else 'auto') if a.strategy is None else a.strategy).name
 
 def _fit_ours(learn, epochs, cbs, strategy): learn.fit_strategy(strategy, epochs, cbs=cbs)
@@ -57,12 +57,12 @@ def _fit_stock(learn, epochs, cbs, strategy=None):
     else: learn.fit_one_cycle(epochs+1, cbs=cbs)
 
 # %% ../nbs/15_cli.ipynb #88b7161a
-def _own_preset(arch, bs, lr_low, lr_high):
+def _own_preset(arch, bs, lr_low, lr_high, pretrained=True):
     "The preset of `arch` with other rates; `None` where none is given"
     if lr_low is None and lr_high is None: return None
     from dataclasses import replace
     from fastai_discriminative.all import preset_for
-    p = preset_for(arch, bs=bs)
+    p = preset_for(arch, bs=bs, regime=None if pretrained else 'random')
     if lr_high is None: lr_high = max(p.lr_high, lr_low)
     if lr_low is None: lr_low = lr_high*p.ratio
     return replace(p, lr_low=lr_low, lr_high=lr_high, head_mult=max(1., p.head_lr/lr_high), sources=[], measured=False, note='rates given by hand')
@@ -98,7 +98,7 @@ class _Job:
         self.a,self.images,self.arch,self.pretrained,self.strategy = a,images,arch,pretrained,_strategy_of(a)
         self.weights_file = None if weights_file is None else Path(weights_file).expanduser()
         self.size,self.timm_args = _size_args(arch, a.size)
-        self.preset = _own_preset(arch, a.bs, getattr(a, 'lr_low', None), getattr(a, 'lr_high', None))
+        self.preset = _own_preset(arch, a.bs, getattr(a, 'lr_low', None), getattr(a, 'lr_high', None), pretrained)
         self.n_workers = getattr(a, 'workers', 0)
 
     def dls(self):
@@ -243,7 +243,7 @@ def _n_train(s): return None if s=='all' else _count(s)
 def _add_training(p, size, threads, out, n_train):
     "Arguments that `demo` and `finetune` share"
     p.add_argument('--epochs', type=_count, default=4, help='epochs after those in which only the head trains (default: %(default)s)')
-    p.add_argument('--strategy', metavar='NAME', help="strategy, such as lp_ft or discriminative (default: auto; lp_ft with rates given by hand)")
+    p.add_argument('--strategy', metavar='NAME', help="strategy, such as lp_ft or discriminative (default: auto; lp_ft with rates given by hand for pretrained weights)")
     p.add_argument('--size', type=_size, default=size, help=f"height and width of the images in pixels (default: {size or 'what the architecture was trained at, at most 224'})")
     p.add_argument('--bs', type=_batch, default=32, help='batch size (default: %(default)s)')
     p.add_argument('--n-groups', type=_n_groups, metavar='N|block', help="number of layer groups with the head's, or 'block' for the finest (default: the family's)")
@@ -261,8 +261,9 @@ def _add_finetune(sub, new):
         'folders. Unreadable images are left out and named.')
     p.add_argument('folder', type=_path, metavar='FOLDER', help='folder with one sub-folder of images for each class')
     p.add_argument('--arch', required=True, metavar='NAME', help='timm architecture, such as convnext_tiny.fb_in22k')
-    p.add_argument('--weights-file', type=_path, metavar='F', help='local checkpoint (.safetensors or .pth) in place of a download')
-    p.add_argument('--from-scratch', action='store_true', help='random weights: no checkpoint, no download')
+    w = p.add_mutually_exclusive_group()
+    w.add_argument('--weights-file', type=_path, metavar='F', help='local checkpoint (.safetensors or .pth) in place of a download')
+    w.add_argument('--from-scratch', action='store_true', help='random weights: no checkpoint, no download, one rate for all layers')
     p.add_argument('--lr-low', type=_rate, metavar='LR', help="rate of the first layer at this batch size (default: the preset's)")
     p.add_argument('--lr-high', type=_rate, metavar='LR', help="rate at the end of the pretrained body (default: the preset's)")
     p.add_argument('--compare', action='store_true', help="also train with fastai's own vision_learner and fine_tune")
