@@ -108,7 +108,7 @@ def load_whole(
     sd, # Name -> tensor, named as in `model.state_dict()`
     what:str, # What to call it in errors
     strict:bool=True, # Must all names be the same?
-): # What `load_state_dict` returns: the names that are missing, and those that are not the model's
+)->tuple: # Names that are missing, and those that are not the model's
     "Load the state `sd` into `model`; raises `WeightsError`, and changes nothing, if it does not fit or makes no sense"
     check_values(model, sd, what)
     old = {k:v.detach().to('cpu', copy=True) for k,v in model.state_dict().items() if isinstance(v, Tensor)}

@@ -171,7 +171,8 @@ def test_cut_is_obeyed(dls):
     assert len(learn.model[0])==2 and learn.model.eval()(torch.zeros(2,3,32,32)).shape==(2,3)
     learn.fit_one_cycle(1, 'preset')
     assert len(ours(dls, resnet18, cut=-3).model[0])==len(ours(dls, resnet18).model[0])-1
-    assert ours(dls, EarlyPool, cut=-1, n_out=2, custom_head=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))).model(torch.zeros(2,3,32,32)).shape==(2,2)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))
+    assert ours(dls, EarlyPool, cut=-1, n_out=2, custom_head=head).model(torch.zeros(2,3,32,32)).shape==(2,2)
 
 fixed = 'vit_tiny_patch16_224'
 def small_vit(**kwargs): return timm.create_model(fixed, num_classes=3, embed_dim=24, depth=1, num_heads=2, **kwargs)

@@ -37,16 +37,19 @@ others = dict(resnet10t=lambda sd: timm.create_model('resnet10t').state_dict(), 
     torchvision=lambda sd: torchvision.models.resnet18().state_dict(), deeper=lambda sd: own(layers=(2,1,1,1)).state_dict(),
     wider=lambda sd: own(channels=(32,48,48,128)).state_dict(), gray=lambda sd: own(in_chans=1).state_dict(),
     prefix=lambda sd: {f'encoder.{k}':v for k,v in sd.items()}, upper=lambda sd: {k.upper():v for k,v in sd.items()},
-    numbers=lambda sd: dict(enumerate(sd.values())), tensor=lambda sd: torch.zeros(3), list=lambda sd: list(sd.values()), names=lambda sd: list(sd), number=lambda sd: 3, nothing=lambda sd: None,
+    numbers=lambda sd: dict(enumerate(sd.values())), tensor=lambda sd: torch.zeros(3), list=lambda sd: list(sd.values()),
+    names=lambda sd: list(sd), number=lambda sd: 3, nothing=lambda sd: None,
     empty=lambda sd: {}, optimizer=sgd_state, nested=lambda sd: dict(net=dict(a=dict(sd))), half_of_it=lambda sd: dict(list(sd.items())[:len(sd)//3]),
     stats_gone=lambda sd: {k:v for k,v in sd.items() if 'running' not in k}, arrays=lambda sd: {k:v.tolist() for k,v in list(sd.items())[:3]})
 
 values = dict(nan=('.weight', lambda v: one(v, float('nan'))), inf=('.weight', lambda v: one(v, float('-inf'))), stats_nan=('running_mean', lambda v: one(v, float('nan'))),
     stats_inf=('running_mean', lambda v: one(v, float('inf'))),
-    variance=('running_var', lambda v: one(v, -.1)), bool=('.weight', lambda v: v>0), int=('.weight', lambda v: v.long()), uint8=('.weight', lambda v: v.byte()), complex=('.weight', lambda v: v.to(torch.complex64)),
+    variance=('running_var', lambda v: one(v, -.1)), bool=('.weight', lambda v: v>0), int=('.weight', lambda v: v.long()),
+    uint8=('.weight', lambda v: v.byte()), complex=('.weight', lambda v: v.to(torch.complex64)),
     overflow=('.weight', lambda v: one(v.double(), 1e39)), half_nan=('.weight', lambda v: one(v.half(), float('nan'))), sparse=('.weight', lambda v: v.to_sparse()), meta=('.weight', lambda v: v.to('meta')))
 damage = dict(truncated=lambda f: f.write_bytes(f.read_bytes()[:-3000]), cut=lambda f: f.write_bytes(f.read_bytes()[:100]), blank=lambda f: f.write_bytes(b''),
-    no_zip=lambda f: f.write_bytes(b'PK\5\6'+bytes(18)), text=lambda f: f.write_text('{"weights": 3}'), safe=lambda f: save_file({k:v.contiguous() for k,v in torch.load(f, weights_only=True).items()}, f))
+    no_zip=lambda f: f.write_bytes(b'PK\5\6'+bytes(18)), text=lambda f: f.write_text('{"weights": 3}'),
+    safe=lambda f: save_file({k:v.contiguous() for k,v in torch.load(f, weights_only=True).items()}, f))
 
 def zipped(f):
     with zipfile.ZipFile(f, 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('data.pkl', bytes(10**7))
@@ -105,7 +108,8 @@ def test_weights_file(dls, tmp_path, kind):
 
 def good(sd, m):
     return dict(plain=sd, module={f'module.{k}':v for k,v in sd.items()}, compiled={f'_orig_mod.{k}':v for k,v in sd.items()}, average=AveragedModel(m).state_dict(),
-        ema=dict(state_dict={k:torch.zeros_like(v) for k,v in sd.items()}, state_dict_ema=sd), double={k:v.double() if v.is_floating_point() else v for k,v in sd.items()},
+        ema=dict(state_dict={k:torch.zeros_like(v) for k,v in sd.items()}, state_dict_ema=sd),
+        double={k:v.double() if v.is_floating_point() else v for k,v in sd.items()},
         epochs={k:v.float() if 'tracked' in k else v for k,v in sd.items()})
 
 @pytest.mark.parametrize('kind', ['plain','module','compiled','average','ema','double','epochs'])
