@@ -13,11 +13,13 @@ import inspect
 from pathlib import Path
 
 from fastai.basics import *
-from fastai.vision.learner import _add_norm,_default_meta,_timm_norm,add_head,model_meta,vision_learner
+from fastai.vision.learner import _add_norm,_default_meta,_timm_norm,add_head,create_vision_model,has_pool_type,model_meta,vision_learner
 
 from .core import *
 from .registry import *
+from .trace import *
 from .optimizer import *
+from .probe import *
 from .weights import *
 from .learner import *
 
@@ -33,6 +35,12 @@ def _create_model(arch, n_out, pretrained, weights_file, n_in, head_args, timm_a
     pool = head_args.pop('pool', True) and getattr(body, 'needs_pool', False)
     return add_head(body, nf, n_out, pool=pool, **head_args),model.default_cfg
 
+def _create_cut_model(arch, n_out, pretrained, weights, cut, n_in, head_args, arch_args):
+    "Body and head for `arch` cut at `cut`, which `vision_learner` forgets; and the statistics of its images"
+    head,meta = head_args.pop('head', None),model_meta.get(arch, _default_meta)
+    model = create_vision_model(arch, n_out, pretrained, weights, cut, n_in, custom_head=head, **head_args, **arch_args)
+    return model,dict(zip(('mean','std'), meta.get('stats', ((),()))))
+
 def _takes(f): return set(inspect.signature(f).parameters)
 
 # %% ../nbs/06a_builder.ipynb #1b91c03c
@@ -41,7 +49,7 @@ def discriminative_learner(
     dls, # `DataLoaders` of images
     arch, # timm architecture, with or without pretrained tag, or an architecture function as for `vision_learner`
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
-    preset=None, # `Preset`, or the architecture whose preset to use; that of `arch` if `None`
+    preset=None, # `Preset`, or the architecture whose preset to use; if `None` that of `arch`, or one rate for all layers where nothing is pretrained
     weights_file:str|Path|None=None, # Local checkpoint of `arch` (`.safetensors`, or `.pth` read with `weights_only=True`) in place of a download
     train_norm:bool|str|None=None, # Which norm layers train, see `TrueFreeze`; `None` for `'affine'` if pretrained, else `'group'`
     opt_func=fused_adamw, # fastai optimiser function
@@ -50,17 +58,21 @@ def discriminative_learner(
     pretrained:bool=True, # Load pretrained weights, and freeze the body?
     **kwargs
 )->Learner: # In layer groups; the pretrained body is frozen, as `vision_learner`'s
-    "A `vision_learner` in layer groups; raises `FamilyError`, `SplitterError`, `PresetError` or `WeightsError` for what cannot be done"
+    "A `vision_learner` in layer groups; raises `FamilyError`, `SplitterError`, `PresetError`, `WeightsError` or `DataError` for what cannot be done"
     find_family(arch)
     _check_args(arch, kwargs, weights_file)
     n_out = n_out if n_out is not None else get_c(dls)
     if not n_out: raise SplitterError("The number of classes could not be found in the data. Set `dls.c`, or pass `n_out`.")
-    if isinstance(arch, str) or is_uncut(arch, kwargs):
+    loaded = pretrained or weights_file is not None or kwargs.get('weights') is not None
+    if isinstance(arch, str) or is_uncut(arch, kwargs) or kwargs.get('cut') is not None:
         learn,norm = _own_learner(dls, arch, weights_file, opt_func, n_out, pretrained or weights_file is not None, kwargs)
     else:
+        _check_cut(arch, kwargs)
         learn = vision_learner(dls, arch, normalize=False, n_out=n_out, pretrained=pretrained, opt_func=opt_func, **kwargs)
         norm = partial(_add_norm, dls, model_meta.get(arch, _default_meta), pretrained, kwargs.get('n_in', 3))
-    learn.split(n_groups, preset, ('affine' if pretrained or weights_file is not None else 'group') if train_norm is None else train_norm)
+    learn.pretrained = loaded
+    learn.split(n_groups, preset, ('affine' if loaded else 'group') if train_norm is None else train_norm)
+    check_size(learn)
     learn.normalize = normalize
     if normalize: norm() # last, so that a call that fails leaves `dls` alone
     return learn
@@ -75,14 +87,28 @@ def _check_args(arch, kwargs, weights_file):
     if weights_file is not None and not isinstance(arch, str):
         raise WeightsError("`weights_file` needs a timm architecture name. For a function, load the weights into `learn.model` yourself.")
 
+def _check_cut(arch, kwargs):
+    "Raise `SplitterError` where fastai, which cuts a model before its last pooling, would find none or leave less than half of the layers"
+    if arch in model_meta or kwargs.get('cut') is not None: return
+    name = getattr(arch, '__name__', type(arch).__name__)
+    by_hand = f"put the model into a learner yourself: `Learner(dls, {name}(...)).split()`."
+    try:
+        with same_random(): parts = list(blank_model(partial(arch, pretrained=False)).children())
+    except TypeError as e: raise SplitterError(f"fastai makes a model of {name} with `{name}(pretrained=...)`, and that failed ({e}). Give it this argument, or {by_hand}") from e
+    cut = next((i for i,o in reversed(list(enumerate(parts))) if has_pool_type(o)), None)
+    n_all,n_kept = (sum(bool(m._parameters) for o in ps for m in o.modules()) for ps in (parts, parts[:cut]))
+    if cut is None or 2*n_kept<n_all:
+        why = 'has none' if cut is None else f'has it so early that {n_kept} of {n_all} layers would be left'
+        raise SplitterError(f"fastai takes what stands before the last pooling layer of a model for its body, and {name} {why}. Say where its body ends, as in `cut=-1` (all but the last part), or {by_hand}")
+
 def _own_learner(dls, arch, weights_file, opt_func, n_out, pretrained, kwargs):
     "What `vision_learner` does, with weights from a file and with bodies that it cannot use; and a function that normalizes `dls`"
     learner_args = {k:kwargs.pop(k) for k in list(kwargs) if k in _takes(Learner) and k!='model'}
     head_args = {k:kwargs.pop(k) for k in list(kwargs) if k in _takes(add_head)}
     if 'custom_head' in kwargs: head_args['head'] = kwargs.pop('custom_head')
-    kwargs.pop('cut', None)
-    weights,n_in,head_args = kwargs.pop('weights', None),kwargs.pop('n_in', 3),{'init':nn.init.kaiming_normal_, **head_args}
+    cut,weights,n_in,head_args = kwargs.pop('cut', None),kwargs.pop('weights', None),kwargs.pop('n_in', 3),{'init':nn.init.kaiming_normal_, **head_args}
     if isinstance(arch, str): model,cfg = _create_model(arch, n_out, pretrained, weights_file, n_in, head_args, kwargs)
+    elif cut is not None: model,cfg = _create_cut_model(arch, n_out, pretrained, weights, cut, n_in, head_args, kwargs)
     else: model,cfg = create_tv_model(arch, n_out, pretrained, weights, n_in, head_args, kwargs)
     learn = Learner(dls, model, opt_func=opt_func, splitter=_default_meta['split'], **learner_args)
     if pretrained: learn.freeze()

@@ -110,15 +110,16 @@ def _add_training(p, size, n_threads, out, n_train, saved='learner.pkl, accuracy
 # %% ../nbs/15_cli.ipynb #5d3a54d4
 def _add_strategy(p):
     "How, and how often, `demo` and `finetune` train"
-    p.add_argument('--strategy', metavar='NAME', help="strategy, such as lp_ft or discriminative (default: auto; lp_ft with rates given by hand)")
+    p.add_argument('--strategy', metavar='NAME', help="strategy, such as lp_ft or discriminative (default: auto; lp_ft with rates given by hand for pretrained weights)")
     p.add_argument('--seeds', type=_count, default=1, help='number of runs, each with its own seed (default: %(default)s)')
 
 def _add_folder(p):
     "Images and weights of one's own"
     p.add_argument('folder', type=_path, metavar='FOLDER', help='folder with one sub-folder of images for each class')
     p.add_argument('--arch', required=True, metavar='NAME', help='timm architecture, such as convnext_tiny.fb_in22k')
-    p.add_argument('--weights-file', type=_path, metavar='F', help='local checkpoint (.safetensors or .pth) in place of a download')
-    p.add_argument('--from-scratch', action='store_true', help='random weights: no checkpoint, no download')
+    w = p.add_mutually_exclusive_group()
+    w.add_argument('--weights-file', type=_path, metavar='F', help='local checkpoint (.safetensors or .pth) in place of a download')
+    w.add_argument('--from-scratch', action='store_true', help='random weights: no checkpoint, no download, one rate for all layers')
     p.add_argument('--workers', type=_procs, default=0, help='processes that load images (default: %(default)s)')
 
 # %% ../nbs/15_cli.ipynb #3df55563

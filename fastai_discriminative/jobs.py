@@ -36,7 +36,7 @@ from .predict import *
 # %% ../nbs/14b_jobs.ipynb #ec09bb25
 def _strategy_of(a):
     "Name of the strategy that the arguments `a` ask for; raises `StrategyError` if there is none"
-    by_hand = getattr(a, 'lr_low', None) is not None or getattr(a, 'lr_high', None) is not None
+    by_hand = (getattr(a, 'lr_low', None) is not None or getattr(a, 'lr_high', None) is not None) and not getattr(a, 'from_scratch', False)
     return find_strategy(('lp_ft' if by_hand else 'auto') if a.strategy is None else a.strategy).name
 
 def _fit_ours(learn, epochs, cbs, strategy): learn.fit_strategy(strategy, epochs, cbs=cbs)
@@ -47,10 +47,10 @@ def _fit_stock(learn, epochs, cbs, strategy=None):
     else: learn.fit_one_cycle(epochs+1, cbs=cbs)
 
 # %% ../nbs/14b_jobs.ipynb #88b7161a
-def _own_preset(arch, bs, lr_low, lr_high):
+def _own_preset(arch, bs, lr_low, lr_high, pretrained=True):
     "The preset of `arch` with other rates; `None` where none is given"
     if lr_low is None and lr_high is None: return None
-    p = preset_for(arch, bs=bs)
+    p = preset_for(arch, bs=bs, regime=None if pretrained else 'random')
     if lr_high is None: lr_high = max(p.lr_high, lr_low)
     if lr_low is None: lr_low = lr_high*p.ratio
     return replace(p, lr_low=lr_low, lr_high=lr_high, head_mult=max(1., p.head_lr/lr_high), sources=[], measured=False, note='rates given by hand')
@@ -83,7 +83,7 @@ class _Job:
         self.a,self.images,self.arch,self.pretrained,self.strategy,self.stopped = a,images,arch,pretrained,_strategy_of(a),''
         self.weights_file = None if weights_file is None else Path(weights_file).expanduser()
         self.size,self.timm_args = _size_args(arch, a.size)
-        self.preset = _own_preset(arch, a.bs, getattr(a, 'lr_low', None), getattr(a, 'lr_high', None))
+        self.preset = _own_preset(arch, a.bs, getattr(a, 'lr_low', None), getattr(a, 'lr_high', None), pretrained)
         self.n_workers = getattr(a, 'workers', 0)
         self.limit = TimeLimit(a.time_limit) if a.time_limit else None
 

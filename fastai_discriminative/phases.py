@@ -310,7 +310,6 @@ def _plan(learn, strategy, n_epoch, cbs=None):
         return phases
     if learn.preset is None: raise PresetError(f"No preset is known in the units of {learn.opt_func}, and {strategy.name!r} needs one. Use `learn.split(fused=True)` for AdamW, or a list of `Phase` with rates.")
     preset = _check_units(learn.preset, learn.opt_func).scaled(*fit_case(learn, cbs, n_epoch))
-    if not getattr(learn, 'pretrained', True): preset = replace(preset, lr_low=preset.head_lr, lr_high=preset.head_lr, head_mult=1., regime='random')
     phases = _check_phases(strategy.phases(_n_epochs(n_epoch), preset, groups), groups)
     return [replace(p, frozen=min(p.frozen%len(groups), groups.n_body)) if p.frozen else p for p in phases] # what is new always trains
 
@@ -343,6 +342,7 @@ def fit_strategy(self:Learner,
         if s.keep_best: _check_valid(self, s)
     _ready(self)
     phases = _plan(self, s, n_epoch, cbs)
+    warn_if_random(self, phases)
     keeper = (KeepBest if s.keep_best is True else s.keep_best)(monitor, comp) if isinstance(s, Strategy) and s.keep_best else None
     file = resume and FitFile(resume, strategy=getattr(s, 'name', 'a list'), n_epoch=n_epoch, phases=phases, monitor=monitor, comp=comp)
     _fit_phases(self, phases, keeper, wd, cbs, start_epoch, file)

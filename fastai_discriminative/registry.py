@@ -12,6 +12,7 @@ __all__ = ['Family', 'register_family', 'list_families', 'split_arch', 'arch_of'
 # %% ../nbs/00_registry.ipynb #8db070c8
 import re,warnings
 from dataclasses import dataclass,field
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Callable
@@ -106,14 +107,34 @@ def _find_name(arch, module):
     fams = sorted(filter(_fits, _families.values()), key=lambda f: (bool(f.archs), bool(f.modules)))
     return fams[-1] if fams else Family(module.rpartition('.')[2] or 'unknown', modules=(module,))
 
+# %% ../nbs/00_registry.ipynb #084cc5df
+_sizes = dict(t='tiny', ti='tiny', s='small', b='base', l='large', h='huge')
+
+def _words(name, full):
+    "Words of architecture `name` without signs, with sizes written out if `full`"
+    words = re.findall(r'[a-z\d]+', re.sub('eff(icient)?-?net', 'efficientnet', name.lower()))
+    return [_sizes.get(w, w) for w in words] if full else words
+
+def _nearest_archs(name, names):
+    "Those three of `names` that architecture `name` may mean"
+    keys = {re.sub(r'[^a-z\d]', '', n.lower()):n for n in reversed(names)}
+    def _holding(words):
+        "Those with `words` in their order: the same, then those that begin so, in one piece, with weights, of few words"
+        q = ''.join(words)
+        found = [k for k in keys if re.search('.*'.join(words), k)] if len(q)>2 else []
+        return sorted(found, key=lambda k: (k!=q, not k.startswith(words[0]), q not in k, not timm.is_model_pretrained(keys[k]), keys[k].count('_'), len(k), k))
+    asks = [_words(o, full) for o in (name, name.rpartition('/')[2]) for full in (False,True)]
+    near = next(filter(None, map(_holding, asks)), None) or get_close_matches(''.join(asks[-1]), keys)
+    return [keys[k] for k in near[:3]]
+
 # %% ../nbs/00_registry.ipynb #2d3f385b
 def _find_str(name):
     "The family of an architecture given as a string"
     arch,tag = split_arch(name)
     if not timm.is_model(arch):
         if name.startswith(('hf-hub:','hf_hub:')): return Family(arch)
-        known = [*timm.list_models(), *_families]
-        raise FamilyError(f"Unknown architecture {name!r}.{near_matches(arch, known)} `timm.list_models()` has all names.")
+        near = ' or '.join(map(repr, _nearest_archs(arch, [*timm.list_models(), *_families])))
+        raise FamilyError(f"Unknown architecture {name!r}.{near and f' Did you mean {near}?'} `timm.list_models()` has all names.")
     tags = [o.partition('.')[2] for o in timm.list_pretrained(f'{arch}.*')] if tag else []
     if tag and tag not in tags:
         raise FamilyError(f"{arch!r} has no pretrained tag {tag!r}.{near_matches(tag, tags)} It has: {', '.join(tags) or 'none'}.")

@@ -43,8 +43,8 @@ def _last_layers(n_epoch, preset, groups):
 
 # %% ../nbs/08_strategies.ipynb #c79cbcfc
 def _reduced(preset, k=10):
-    "A `k`-th of the rate for new layers"
-    return preset.head_lr/k
+    "A `k`-th of the rate for new layers; that rate itself where all are new"
+    return preset.head_lr if preset.regime=='random' else preset.head_lr/k
 
 # %% ../nbs/08_strategies.ipynb #706828c8
 @register_strategy('uniform', 'a tenth of the rate from scratch: microsoft/Swin-Transformer#126, rwightman in pytorch-image-models#25')

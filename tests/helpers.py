@@ -88,7 +88,7 @@ def bright_dls(path): return ImageDataLoaders.from_folder(path, valid_pct=.33, s
 
 def pre_ours(dls, arch='resnet10t', metrics=accuracy, **kwargs):
     set_seed(0)
-    learn = quiet(discriminative_learner(dls, arch, pretrained=False, metrics=metrics, train_norm='affine', **kwargs))
+    learn = quiet(discriminative_learner(dls, arch, pretrained=False, metrics=metrics, train_norm='affine', **{'preset':arch, **kwargs}))
     learn.pretrained = True # random weights stand in for pretrained ones
     return learn
 

@@ -74,8 +74,9 @@ def one_nan(world):
 
 def plain(world, arch=None, frozen=True, **kwargs):
     set_seed(0)
-    if arch: learn = discriminative_learner(loaders(world), arch, pretrained=False, n_out=3, loss_func=CrossEntropyLossFlat(), metrics=accuracy, **kwargs)
-    else: learn = Learner(loaders(world), own_net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy).split(fused=True, **kwargs)
+    loss = CrossEntropyLossFlat()
+    if arch: learn = discriminative_learner(loaders(world), arch, pretrained=False, preset=arch, n_out=3, loss_func=loss, metrics=accuracy, **kwargs)
+    else: learn = Learner(loaders(world), own_net(), loss_func=loss, metrics=accuracy).split(fused=True, **kwargs)
     learn.pretrained = True
     learn.preset = replace(learn.preset, lr_low=3e-4, lr_high=3e-3) # random weights have far to go
     if frozen: learn.freeze()

@@ -11,7 +11,7 @@ from fastai_discriminative import auto as at,phases as ph
 from fastai_discriminative.points import Point
 from fastai_discriminative.probe import some_batches
 from helpers import *
-from helpers import pre_ours as ours
+from helpers import pre_ours as ours,ours as scratch
 
 k = ph._cached_per_epoch # epochs of a head on cached features
 
@@ -41,8 +41,7 @@ def measured(learn, preset, n_epoch):
 # ---- what it does
 
 def test_nothing_pretrained_everything_new(dls):
-    learn,spy = ours(dls),Spy()
-    learn.pretrained = False
+    learn,spy = scratch(dls),Spy()
     learn.fit_strategy('auto', 2, cbs=spy)
     assert spy.frozen==[0,0] and len(set(spy.lrs[3]))==1 and max(map(max, spy.lrs))==pytest.approx(learn.preset.scaled(8).head_lr, rel=.05)
 

@@ -1,13 +1,14 @@
 "`discriminative_learner`: arguments arrive, typos are named, and a refused learner leaves the data alone"
-import inspect
+import inspect,warnings
 
-import pytest,timm,torch
+import numpy as np,pytest,timm,torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastai.vision.all import accuracy,Adam,CrossEntropyLossFlat,DataLoaders,error_rate,resnet18,vision_learner
 from fastai.data.all import DataLoader
 
 from fastai_discriminative.all import *
+from fastai_discriminative.core import DataError
 from helpers import *
 
 # ---- bad input: a clear error, and the learner unchanged
@@ -98,3 +99,111 @@ def test_no_classes_in_the_data(dls):
     ds = TensorDataset(torch.randn(6,3,32,32), torch.zeros(6))
     dl = DataLoaders(DataLoader(ds, bs=3), DataLoader(ds, bs=3))
     with pytest.raises(SplitterError, match='n_out'): discriminative_learner(dl, 'resnet10t', pretrained=False, loss_func=nn.MSELoss())
+
+# ---- bodies that were never trained
+
+def test_a_random_body_gets_one_rate(dls):
+    learn = ours(dls)
+    lr = preset_for('resnet10t', regime='random', bs=8).head_lr
+    assert learn.preset.regime=='random' and learn.preset.sources==[] and 'no pretrained weights: one rate for all layers' in learn.preset.note
+    shown = learn.layer_groups.lrs
+    assert np.allclose(shown, lr) and len(shown)==len(learn.layer_groups)
+    cb = Hypers()
+    learn.fit_one_cycle(1, 'preset', cbs=cb)
+    assert np.allclose(learn.peak_lrs, shown) and np.allclose(cb.lrs, np.array(cb.lrs)[:,:1])
+    learn.fit_strategy('auto', 1, cbs=(cb := Hypers()))
+    assert np.allclose(learn.peak_lrs, shown) and np.allclose(cb.lrs, np.array(cb.lrs)[:,:1])
+
+def test_whose_body_is_random(dls, ckpt, tmp_path):
+    "Where fastai's own learner says so; not where weights came in, or where a preset was asked for"
+    assert stock(dls).split().preset.regime=='random'
+    assert plain(dls, timm.create_model('resnet10t', num_classes=3)).split(fused=True).preset.regime=='supervised', 'nobody said so'
+    assert ours(dls, preset='resnet10t').preset.sources==preset_for('resnet10t').sources
+    assert discriminative_learner(dls, 'resnet10t', weights_file=ckpt/'w.pth', pretrained=False).preset.regime=='supervised'
+    learn = ours(dls)
+    load_pretrained(learn.model[0].model, ckpt/'w.pth')
+    assert learn.split().preset.regime=='supervised'
+
+def test_a_file_for_an_architecture_without_weights(dls, tmp_path):
+    arch,file = 'mobilenetv2_035',tmp_path/'w.pth'
+    assert preset_for(arch).regime=='random'
+    torch.save(timm.create_model(arch).state_dict(), file)
+    assert discriminative_learner(dls, arch, weights_file=file).preset.regime=='supervised'
+
+@pytest.mark.parametrize('strategy', ['lp_ft','freeze_unfreeze','gradual_unfreeze'])
+def test_freezing_a_random_body_is_said(dls, strategy):
+    learn = ours(dls, arch='test_resnet')
+    with pytest.warns(UserWarning, match='Nothing in this model is pretrained'): learn.fit_strategy(strategy, 2)
+
+@pytest.mark.parametrize('kw,strategy', [({},'auto'), ({},'uniform'), (dict(preset='test_resnet'),'lp_ft')])
+def test_what_is_not_said(dls, kw, strategy):
+    learn = ours(dls, arch='test_resnet', **kw)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='Nothing in this model')
+        learn.fit_strategy(strategy, 1)
+    if strategy=='uniform': assert np.allclose(learn.peak_lrs, learn.preset.scaled(8).head_lr), 'new layers are not slowed down'
+
+# ---- functions that fastai cannot cut, and images of another size
+
+class NoPool(nn.Module):
+    def __init__(self, pretrained=False):
+        super().__init__()
+        self.a,self.b,self.fc = nn.Conv2d(3,8,3),nn.Conv2d(8,8,3),nn.Linear(8,10)
+    def forward(self, x): return self.fc(self.b(self.a(x)).mean((2,3)))
+
+class EarlyPool(NoPool):
+    def __init__(self, pretrained=False):
+        nn.Module.__init__(self)
+        self.a,self.p,self.b,self.c,self.fc = nn.Conv2d(3,8,3),nn.MaxPool2d(2),nn.Conv2d(8,8,3),nn.Conv2d(8,8,3),nn.Linear(8,10)
+
+class NoArgument(NoPool):
+    def __init__(self): super().__init__()
+
+@pytest.mark.parametrize('arch,words', [(NoPool,'NoPool has none'), (EarlyPool,'has it so early that 1 of 4 layers would be left'), (NoArgument,'NoArgument.pretrained=...'), (NoPool(),'NoPool.pretrained=...')])
+def test_functions_that_cannot_be_cut(dls, arch, words):
+    tfms = list(dls.after_batch.fs)
+    with pytest.raises(SplitterError, match=words) as e: discriminative_learner(dls, arch, pretrained=False)
+    assert 'Learner(dls, ' in str(e.value) and list(dls.after_batch.fs)==tfms
+
+def test_cut_is_obeyed(dls):
+    "fastai 2.8's `vision_learner` takes `cut` and forgets it"
+    learn = ours(dls, NoPool, cut=-1)
+    assert len(learn.model[0])==2 and learn.model.eval()(torch.zeros(2,3,32,32)).shape==(2,3)
+    learn.fit_one_cycle(1, 'preset')
+    assert len(ours(dls, resnet18, cut=-3).model[0])==len(ours(dls, resnet18).model[0])-1
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))
+    assert ours(dls, EarlyPool, cut=-1, n_out=2, custom_head=head).model(torch.zeros(2,3,32,32)).shape==(2,2)
+
+fixed = 'vit_tiny_patch16_224'
+def small_vit(**kwargs): return timm.create_model(fixed, num_classes=3, embed_dim=24, depth=1, num_heads=2, **kwargs)
+
+def test_a_size_the_model_was_not_built_for(dls):
+    small = dict(embed_dim=24, depth=1, num_heads=2)
+    with pytest.raises(DataError, match="224 x 224 pixels, and those of the data have 32 x 32.*Resize.224.*img_size=32.*dynamic_img_size=True"): ours(dls, fixed, **small)
+    for kw in (dict(img_size=32), dict(dynamic_img_size=True)): ours(dls, fixed, **small, **kw).fit_one_cycle(1, 'preset')
+
+@pytest.mark.parametrize('fit', [lambda l: l.fit_one_cycle(1, 1e-3), lambda l: l.fit(1), lambda l: l.fit_strategy('lp_ft', 1)])
+def test_the_size_is_asked_before_any_fit(dls, fit):
+    learn = plain(dls, small_vit()).split(fused=True)
+    was = snapshot(learn)
+    with pytest.raises(DataError, match='built for images of 224'): fit(learn)
+    unchanged(learn, was)
+
+# ---- fine_tune
+
+def test_fine_tune_takes_a_preset(dls):
+    learn,spy,p = ours(dls),Spy(),Preset(1e-5, 1e-3, head_mult=2)
+    learn.fine_tune(2, p, freeze_epochs=1, cbs=spy)
+    n = len(learn.layer_groups)
+    assert spy.fits==2 and learn.opt.frozen_idx==0 and np.allclose(learn.peak_lrs, p.scaled(8).lrs(learn.layer_groups))
+    learn = ours(dls, preset=p)
+    learn.fine_tune(1, 'preset')
+    assert np.allclose(learn.peak_lrs, p.scaled(8).lrs(learn.layer_groups)) and n==len(learn.peak_lrs)
+
+@pytest.mark.parametrize('make,args,kw,words', [(ours,(1,'prest'),{},"Did you mean 'preset'"), (stock,(1,'preset'),{},'learn.split()'), (ours,(1,),dict(base_lr='preset', lr_mult=10),'lr_mult')])
+def test_fine_tune_refuses_before_it_freezes(dls, make, args, kw, words):
+    learn = make(dls)
+    if learn.opt is None: learn.create_opt()
+    was = snapshot(learn)
+    with pytest.raises(PresetError, match=words): learn.fine_tune(*args, **kw)
+    unchanged(learn, was)

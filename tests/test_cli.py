@@ -60,6 +60,18 @@ def test_finetune_train_and_valid_at_another_size_from_scratch(photos, tmp_path)
     assert main(['finetune', str(tmp_path/'d'), '--arch', 'test_vit', '--from-scratch', '--size', '64', '--epochs', '1', '--quiet', '--out', str(tmp_path/'out')])==0
     assert (tmp_path/'out'/'learner.pkl').exists()
 
+def test_from_scratch_shows_the_rates_that_it_trains_at(photos, tmp_path, capsys):
+    args = ['finetune', photos, '--arch', 'test_resnet', '--from-scratch', '--size', 32, '--epochs', 1, '--quiet', '--threads', 1, '--overwrite', '--out', tmp_path/'out']
+    for more,want in (((), None), (('--lr-high','3e-3'), 3e-3)):
+        assert main([*map(str, (*args, *more))])==0
+        out,err = capsys.readouterr()
+        shown = {float(o) for o in re.findall(r'^\d+ .*%  +([\d.e-]+) +[\d.]+', out, re.M)}
+        learn = load_learner(tmp_path/'out'/'learner.pkl')
+        assert shown=={float(f'{o:.2g}') for o in learn.peak_lrs} and len(set(learn.peak_lrs))==1, out
+        assert 'recipe' not in out or 'no published recipe' in out
+        if want: assert shown=={want}
+        assert 'stay random' not in err
+
 def test_tables(capsys):
     assert main(['groups','resnet18','--n-groups','3'])==main(['groups','resnet18','--n-groups','block'])==main(['preset','convnext_tiny.fb_in22k','--bs','16'])==main(['families'])==0
     out,err = capsys.readouterr()
@@ -80,7 +92,7 @@ def test_tables(capsys):
     (['finetune','{photos}','--arch','resnet18','--from-scratch','--lr-low','1e-2','--lr-high','1e-4'], 'Reversed rates'),
     (['finetune','{photos}','--arch','resnet18','--from-scratch','--out','{cut}'], 'Cannot make the folder'),
     (['finetune','{photos}','--arch','resnet18','--from-scratch','--n-train','1'], 'too few for 2 classes'),
-    (['groups','swin_tiny'], 'Did you mean'), (['preset','vit_base_patch16_224.maee'], "no pretrained tag 'maee'")])
+    (['groups','effnetb0'], "Did you mean 'efficientnet_b0'"), (['groups','swin_tiny'], 'Did you mean'), (['preset','vit_base_patch16_224.maee'], "no pretrained tag 'maee'")])
 def test_errors_of_the_user(args, msg, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = dict(photos=photos, empty=tmp_path/'empty', one=tmp_path/'one', cut=tmp_path/'cut.safetensors', lite0=lite0_weights())
@@ -96,7 +108,7 @@ def test_a_download_that_fails_says_what_to_do(photos, tmp_path, capsys, monkeyp
     msg = _fails(capsys, 'finetune', photos, '--arch', 'resnet18', '--out', tmp_path/'out')
     assert "weights of 'resnet18' could not be fetched (no network)" in msg and '--weights-file' in msg
 
-@pytest.mark.parametrize('args', [[],['demo','--epochs','0'],['demo','--epochs','x'],['demo','--data','mnist'],['finetune','f'],['demo','--n-groups','many'],['demo','--valid-pct','1']])
+@pytest.mark.parametrize('args', [[],['demo','--epochs','0'],['demo','--epochs','x'],['demo','--data','mnist'],['finetune','f'],['finetune','f','--arch','resnet18','--from-scratch','--weights-file','w.pth'],['demo','--n-groups','many'],['demo','--valid-pct','1']])
 def test_wrong_arguments(args, capsys):
     with pytest.raises(SystemExit) as e: _parser().parse_args(args)
     assert e.value.code==2 and 'usage: fastai-discriminative' in capsys.readouterr().err

@@ -14,7 +14,7 @@ from helpers import flags,own_net,ours,plain,same,stock,weights
 @pytest.fixture
 def learn(dls):
     set_seed(0)
-    res = ours(dls, metrics=accuracy)
+    res = ours(dls, preset='resnet10t', metrics=accuracy)
     res.unfreeze()
     return res
 
@@ -105,7 +105,7 @@ def test_a_fit_takes_it(trained):
 def test_everything_is_put_back(dls, method, opt_func, monkeypatch):
     monkeypatch.setattr(at, '_most_steps', 2)
     monkeypatch.setattr(at, '_bearable', lambda n: 9.)
-    learn = ours(dls, opt_func=opt_func, metrics=accuracy, cbs=SaveModelCallback())
+    learn = ours(dls, preset='resnet10t', opt_func=opt_func, metrics=accuracy, cbs=SaveModelCallback())
     learn.fit_one_cycle(3, 1e-2)
     learn.unfreeze()
     learn.fit_one_cycle(1, 1e-4)
@@ -135,7 +135,7 @@ def test_the_fit_that_follows_is_the_one_that_would_have_been(dls):
     ends = []
     for look in (False,True):
         set_seed(5)
-        learn = ours(dls)
+        learn = ours(dls, preset='resnet10t')
         learn.unfreeze()
         for dl in learn.dls.loaders: dl.rng = random.Random(3)
         if look: learn.lr_find_groups('joint', num_it=20, end_lr=1.)

@@ -237,3 +237,15 @@ def test_plugins_are_loaded_once(monkeypatch):
     monkeypatch.setitem(registry._plugins, 'loaded', False)
     find_family('resnet18'),list_families(),find_family(nn.Linear(1,1))
     assert calls==['fastai_discriminative.families']
+
+@pytest.mark.parametrize('typed,meant', [('effnetb0','efficientnet_b0'), ('EfficientNet-B3','efficientnet_b3'), ('effnetv2_s','efficientnetv2_s'), ('efficentnet_b0','efficientnet_b0'), ('ResNet-50','resnet50'), ('resnext50','resnext50_32x4d'),
+    ('vit_b_16','vit_base_patch16_224'), ('ViT-B/16','vit_base_patch16_224'), ('google/vit-base-patch16-224','vit_base_patch16_224'), ('swin_t','swin_tiny_patch4_window7_224'), ('convnext-t','convnext_tiny'), ('convnxt_tiny','convnext_tiny'),
+    ('facebook/convnext-tiny-224','convnext_tiny'), ('mobilenet_v2','mobilenetv2_100'), ('mobilenet_v3_large','mobilenetv3_large_100'), ('vgg-16','vgg16'), ('resnet118','resnet18'), ('wide_resnet50','wide_resnet50_2'), ('dinov2','vit_base_patch14_dinov2')])
+def test_names_that_people_type(typed, meant):
+    with pytest.raises(FamilyError) as e: find_family(typed)
+    assert repr(meant) in str(e.value).partition('Did you mean ')[2]
+
+@pytest.mark.parametrize('typed', ['xyzzy','','b0','-'])
+def test_names_that_are_near_to_nothing(typed):
+    with pytest.raises(FamilyError) as e: find_family(typed)
+    assert 'Did you mean' not in str(e.value)
