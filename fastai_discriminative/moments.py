@@ -8,7 +8,7 @@ these names; `fastai_discriminative.all` does not pass them on."""
 
 # %% auto #0
 __all__ = ['same_layout', 'copy_like', 'fit_moments', 'start_momentum', 'SavedState', 'fastai_moments', 'read_state',
-           'MatchedState', 'match_state', 'check_hypers', 'torch_moments']
+           'MatchedState', 'match_state', 'is_hyper', 'check_hypers', 'torch_moments']
 
 # %% ../nbs/04b_moments.ipynb #9b8f6a1b
 import math
@@ -65,6 +65,7 @@ class SavedState(NamedTuple):
     hypers:list # One dict a group
     names:list|None # One list of parameter names a group; `None` if unknown
     sizes:list|None # Number of parameters in each group; `None` if unknown
+    kind:str|None=None # Name of the torch optimiser, or of the step function of fastai's; `None` if unknown
 
 _to_fastai = dict(exp_avg='grad_avg', exp_avg_sq='sqr_avg', momentum_buffer='grad_avg', step='step')
 
@@ -75,17 +76,21 @@ def fastai_moments(
     return {_to_fastai[k]: int(v) if k=='step' else v for k,v in s.items() if v is not None}
 
 # %% ../nbs/04b_moments.ipynb #698d92a1
-def _from_wrapper(sd):
-    "`SavedState` of a torch optimiser in `OptimWrapper`"
+def _wrapped(sd):
+    "`SavedState` of a torch optimiser in `OptimWrapper`, in torch's names"
+    gs = sd['param_groups']
+    states = [sd['state'].get(i, {}) for g in gs for i in g['params']]
+    return SavedState(states, [{k:v for k,v in g.items() if k!='params'} for g in gs], sd.get('names'), [len(g['params']) for g in gs], sd.get('opt'))
+
+def _in_fastai_names(saved):
+    "`saved`, from `_wrapped`, in fastai's names"
     def _state(s): return {_to_fastai.get(k, k): v for k,v in s.items() if v is not None}
     def _hypers(g):
         if 'betas' in g and 'amsgrad' in g: mom = dict(zip(('mom','sqr_mom'), g['betas']), eps=g['eps'])
         elif 'nesterov' in g: mom = dict(mom=g['momentum'])
-        else: return {k:v for k,v in g.items() if k!='params'} # neither Adam nor SGD
+        else: return g # neither Adam nor SGD
         return dict(lr=g['lr'], wd=g['weight_decay'], **mom)
-    gs = sd['param_groups']
-    states = [_state(sd['state'].get(i, {})) for g in gs for i in g['params']]
-    return SavedState(states, [_hypers(g) for g in gs], None, [len(g['params']) for g in gs])
+    return saved._replace(states=[_state(s) for s in saved.states], hypers=[_hypers(g) for g in saved.hypers])
 
 # %% ../nbs/04b_moments.ipynb #a1af8706
 def _damage(s):
@@ -98,20 +103,33 @@ def _damage(s):
     if len(set(flat))<n: return "one of its names stands for two parameters"
     return '' if not s.sizes or list(s.sizes)==[len(g) for g in s.names] else "its groups have other sizes than its names"
 
+# %% ../nbs/04b_moments.ipynb #51b0aa18
+_same_kind = dict(AdamW='adam_step', Adam='adam_step', SGD='momentum_step', sgd_step='momentum_step')
+
+def _check_kind(saved, mine):
+    "Raise `OptimizerStateError` if `saved` and `mine` are names of different kinds of optimisers"
+    if mine is None or saved is None or _same_kind.get(saved, saved)==_same_kind.get(mine, mine): return
+    raise OptimizerStateError(f"The saved state is that of {saved!r}, and this optimiser is {mine!r}: it was saved by another kind of optimiser.")
+
 # %% ../nbs/04b_moments.ipynb #a1c0fee3
-_known = {'state','hypers','param_groups','names','sizes','opt'}
+_known = {'state','hypers','param_groups','names','sizes','opt','frozen','pinned'} # `Learner.save` adds the last two
 
 def read_state(
     sd:dict, # From `state_dict`
     also:tuple=(), # Keys that it may have besides
-)->SavedState: # In fastai's names
+    kind:str|None=None, # Name of the optimiser that wants it, as in `SavedState`
+    wrapped:bool=False, # Is that one in `OptimWrapper`, so that it takes torch's names only?
+)->SavedState: # In fastai's names, or in torch's
     "State of `FusedOptimizer`, of a fastai optimiser, or of a torch optimiser in `OptimWrapper`; raises `OptimizerStateError` if it is none, or damaged"
     if not isinstance(sd, dict) or not {'state'}<set(sd) or not {'hypers','param_groups'}&set(sd): raise OptimizerStateError(
         "This is not the state of an optimiser: it needs `state` and `hypers`. A file saved by `learn.save` holds it under 'opt'.")
     more = set(sd)-_known-{*also}
     if more: raise OptimizerStateError(f"The saved state has {list_some(sorted(more))} besides: it was saved by another kind of optimiser.")
+    _check_kind(sd.get('opt'), kind)
+    if wrapped and 'param_groups' not in sd: raise OptimizerStateError("The saved state is in fastai's form, and a torch optimiser in `OptimWrapper` takes its own only: it was saved by another kind of optimiser.")
     try:
-        res = _from_wrapper(sd) if 'hypers' not in sd else SavedState(list(sd['state']), list(sd['hypers']), sd.get('names'), sd.get('sizes'))
+        if 'hypers' not in sd: res = _wrapped(sd) if wrapped else _in_fastai_names(_wrapped(sd))
+        else: res = SavedState(list(sd['state']), list(sd['hypers']), sd.get('names'), sd.get('sizes'), sd.get('opt'))
         damage = _damage(res)
     except (KeyError,TypeError,ValueError,AttributeError) as e: damage = f"{type(e).__name__}: {e}"
     if damage: raise OptimizerStateError(f"The saved optimiser state is damaged: {damage}. Load the weights alone with `learn.load(file, with_opt=False)`.")
@@ -157,7 +175,12 @@ def match_state(
     return MatchedState(saved.states, True)
 
 # %% ../nbs/04b_moments.ipynb #0df86628
-def _is_number(v): return isinstance(v, (Real,Tensor)) and not isinstance(v, bool) and math.isfinite(float(v)) and float(v)>=0
+def is_hyper(
+    v, # Any value
+)->bool: # Is it a finite number of at least 0, or a tensor of one?
+    "Could `v` be a hyper-parameter or a count of steps?"
+    if isinstance(v, Tensor): v = v.item() if v.numel()==1 else None
+    return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and v>=0
 
 def check_hypers(
     saved:list, # Hyper-parameters in the file, one dict a group
@@ -167,7 +190,7 @@ def check_hypers(
     for i,h in enumerate(saved):
         if set(h)!=set(mine): raise OptimizerStateError(f"The saved state has the hyper-parameters {list_some(sorted(h), 9)}, and this optimiser has "
             f"{list_some(sorted(mine), 9)}: it was saved by another kind of optimiser.")
-        bad = next((k for k,v in h.items() if _is_number(mine[k]) and not _is_number(v)), None)
+        bad = next((k for k,v in h.items() if is_hyper(mine[k]) and not is_hyper(v)), None)
         if bad is not None: raise OptimizerStateError(f"In the saved state, {bad!r} of group {i} is {h[bad]!r}, not a finite number of at least 0.")
 
 # %% ../nbs/04b_moments.ipynb #16294fb9
@@ -184,7 +207,7 @@ def torch_moments(
     if set(s)!=need: raise OptimizerStateError(f"The saved state of {name!r} has {list_some(s, 9)}, "
         f"but {opt.__name__} keeps {list_some(sorted(need))}: it was saved by another kind of optimiser.")
     vals = {k:s[_to_fastai[k]] for k in (('exp_avg','exp_avg_sq') if adam else ('momentum_buffer',))}
-    if not all(isinstance(v, Tensor) and v.is_floating_point() for v in vals.values()) or not _is_number(s.get('step', 0)):
+    if not all(isinstance(v, Tensor) and v.is_floating_point() for v in vals.values()) or not is_hyper(s.get('step', 0)):
         raise OptimizerStateError(f"What is saved for {name!r} is no moments: they are floating-point tensors, with a count of steps.")
     bad = next((v for v in vals.values() if v.shape!=p.shape), None)
     if bad is not None: raise OptimizerStateError(

@@ -333,7 +333,7 @@ def load_state_dict(self:FusedOptimizer,
     "Load moments, and hyper-parameters if the groups are the same; if they do not fit, change nothing and raise `OptimizerStateError`"
     ps = [p for o in self._lists for p in o]
     try:
-        saved = read_state(sd)
+        saved = read_state(sd, kind=type(self.opt).__name__)
         match = match_state(saved, self.param_names(), [len(o) for o in self._lists])
         check_hypers(saved.hypers, self.hypers[0])
         new = {p: torch_moments(p, s, type(self.opt), self._name(p)) for p,s in zip(ps, match.states)}
