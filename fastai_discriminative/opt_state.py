@@ -53,7 +53,8 @@ def _keeps(opt):
     "Name -> is it a tensor of the parameter's shape? For all that `opt` keeps of a parameter"
     p = nn.Parameter(torch.ones(2,2))
     p.grad = torch.ones(2,2)
-    trial = Optimizer([p], opt.cbs, **opt.hypers[0])
+    trial = Optimizer([p], opt.cbs)
+    trial.hypers[0].update(opt.hypers[0])
     trial.step()
     return {k: isinstance(v, torch.Tensor) and v.shape==p.shape for k,v in trial.state[p].items()}
 
