@@ -591,6 +591,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastai_discriminative/files.py'),
                                              'fastai_discriminative.files._remove': ( 'files.html#_remove',
                                                                                       'fastai_discriminative/files.py'),
+                                             'fastai_discriminative.files.moved_names': ( 'files.html#moved_names',
+                                                                                          'fastai_discriminative/files.py'),
                                              'fastai_discriminative.files.sweep_folders': ( 'files.html#sweep_folders',
                                                                                             'fastai_discriminative/files.py'),
                                              'fastai_discriminative.files.written_aside': ( 'files.html#written_aside',
