@@ -992,6 +992,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fastai_discriminative/moments.py'),
                                                'fastai_discriminative.moments.fit_moments': ( 'moments.html#fit_moments',
                                                                                               'fastai_discriminative/moments.py'),
+                                               'fastai_discriminative.moments.has_gaps': ( 'moments.html#has_gaps',
+                                                                                           'fastai_discriminative/moments.py'),
                                                'fastai_discriminative.moments.is_hyper': ( 'moments.html#is_hyper',
                                                                                            'fastai_discriminative/moments.py'),
                                                'fastai_discriminative.moments.match_state': ( 'moments.html#match_state',

@@ -277,7 +277,7 @@ def schedules():
 def param_scheduler_records_the_last_group():
     def f(l):
         l.create_opt()
-        l.fit(2, cbs=ParamScheduler({'lr':SchedLin(np.array([1e-3,1e-2,1e-1]), 0.), 'mom':SchedCos(.9,.5), 'wd':SchedExp(1e-3,1e-1)}))
+        l.fit(2, cbs=ParamScheduler(dict(lr=SchedLin(np.array([1e-3,1e-2,1e-1]), 0.), mom=SchedCos(.9,.5), wd=SchedExp(1e-3,1e-1))))
         return l.recorder.hps
     return trained(f),ParamScheduler.order,ParamScheduler.run_valid
 @behaviour

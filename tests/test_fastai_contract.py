@@ -36,8 +36,7 @@ def runs(tmp_path_factory):
     return res
 
 @pytest.mark.parametrize('name', contract.behaviours)
-def test_behaviour_is_the_same_with_us(runs, name):
-    assert runs['with'][name]==runs['without'][name]
+def test_behaviour_is_the_same_with_us(runs, name): assert runs['with'][name]==runs['without'][name]
 
 def test_the_processes_had_what_they_should(runs):
     a,b = (runs[k] for k in ('without','with'))

@@ -2,7 +2,7 @@
 import copy,pickle
 from functools import partial
 
-import pytest,torch
+import pytest,torch,torch._dynamo # the first step of a torch optimiser would import it, and that sets an environment variable
 from torch import nn
 
 from fastai_discriminative.optimizer import OptimizerStateError,fused_adamw,fused_sgd
@@ -138,3 +138,15 @@ def test_without_gradients_nothing_but_decay_happens(func, grad):
 def test_a_parameter_in_two_groups_is_refused():
     w,b,_ = problem()
     with pytest.raises(OptimizerStateError): fused_adamw([[w,b],[w]], lr=1e-3)
+
+def test_what_lies_between_a_parameter_s_elements_is_left_alone():
+    for f,lr in funcs.values():
+        base = torch.ones(6,2)
+        p,q = nn.Parameter(base[:,0]),nn.Parameter(torch.ones(6))
+        opt = f([[p],[q]], lr=lr)
+        for _ in range(3):
+            p.grad,q.grad = torch.arange(6.),torch.arange(6.)
+            opt.step()
+        assert torch.equal(base[:,1], torch.ones(6))
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-7)
+        with pytest.raises(OptimizerStateError, match='no fused .*with gaps in memory'): f([[p],[q]], lr=lr, impl='fused')
