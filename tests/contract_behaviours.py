@@ -1,4 +1,4 @@
-"What fastai documents of its optimisers and learners, each told in plain text: `python contract_behaviours.py FOLDER with|without OUT.json`. `with` imports this package first."
+"What fastai documents of its optimisers and learners, told in plain text; `python contract_behaviours.py FOLDER with|without OUT.json`"
 import hashlib,inspect,json,pickle,random,sys,warnings
 from functools import partial
 from pathlib import Path
@@ -61,12 +61,14 @@ def learner(splitter=lists, metrics=accuracy, **kwargs):
     return learn.remove_cbs(ProgressCallback) if learn._grab_cbs(ProgressCallback) else learn
 
 def names(learn): return {id(p):n for n,p in learn.model.named_parameters()}
-def of_opt(opt): return dict(state=[opt.state.get(p, {}) if isinstance(opt, Optimizer) else opt.opt.state.get(p, {}) for ps in opt.param_lists for p in ps], hypers=opt.hypers, frozen=opt.frozen_idx)
+def of_opt(opt): return dict(state=[opt.state.get(p, {}) if isinstance(opt, Optimizer) else opt.opt.state.get(p, {}) for ps in opt.param_lists for p in ps],
+    hypers=opt.hypers, frozen=opt.frozen_idx)
 def of_learner(learn):
     "All that a call can change"
     rec = learn.recorder
-    res = dict(model=learn.model.state_dict(), flags=[p.requires_grad for p in learn.model.parameters()], modes=[m.training for m in learn.model.modules()], opt=learn.opt and of_opt(learn.opt),
-        cbs=learn.cbs, attrs=sorted(k for k in vars(learn) if k not in ('logged','lock')), logged=learn.logged, rng=[torch.get_rng_state(), np.random.rand(), random.random()])
+    res = dict(model=learn.model.state_dict(), flags=[p.requires_grad for p in learn.model.parameters()], modes=[m.training for m in learn.model.modules()],
+        opt=learn.opt and of_opt(learn.opt), cbs=learn.cbs, attrs=sorted(k for k in vars(learn) if k not in ('logged','lock')), logged=learn.logged,
+        rng=[torch.get_rng_state(), np.random.rand(), random.random()])
     return {**res, 'recorder':{k:getattr(rec, k, None) for k in ('lrs','losses','iters','values','metric_names','hps','log')}}
 
 def trained(f, **kwargs):
@@ -95,9 +97,11 @@ def behaviour(f):
 
 # ---- Optimizer
 
-opts = dict(sgd=SGD, sgd_momentum=partial(SGD, mom=0.9, wd=.1), sgd_l2=partial(SGD, wd=.1, decouple_wd=False), rmsprop=RMSProp, rmsprop_momentum=partial(RMSProp, mom=0.9, wd=.1), adam=Adam,
-    adam_l2=partial(Adam, wd=.1, decouple_wd=False), radam=RAdam, qhadam=QHAdam, larc=Larc, lars=partial(Larc, clip=False), lamb=Lamb, lookahead=lambda ps,lr: Lookahead(SGD(ps, lr), k=3), ranger=ranger,
-    wrapper=lambda ps,lr: OptimWrapper(ps, opt=torch.optim.AdamW, lr=1e-2), wrapper_sgd=lambda ps,lr: OptimWrapper(ps, opt=torch.optim.SGD, lr=1e-2, momentum=.9))
+opts = dict(sgd=SGD, sgd_momentum=partial(SGD, mom=0.9, wd=.1), sgd_l2=partial(SGD, wd=.1, decouple_wd=False), rmsprop=RMSProp,
+    rmsprop_momentum=partial(RMSProp, mom=0.9, wd=.1), adam=Adam, adam_l2=partial(Adam, wd=.1, decouple_wd=False), radam=RAdam, qhadam=QHAdam, larc=Larc,
+    lars=partial(Larc, clip=False), lamb=Lamb, lookahead=lambda ps,lr: Lookahead(SGD(ps, lr), k=3), ranger=ranger,
+    wrapper=lambda ps,lr: OptimWrapper(ps, opt=torch.optim.AdamW, lr=1e-2),
+    wrapper_sgd=lambda ps,lr: OptimWrapper(ps, opt=torch.optim.SGD, lr=1e-2, momentum=.9))
 for k,f in opts.items(): behaviours[f'steps of {k}'] = partial(steps, f)
 
 def opt_of(f=Adam, **kwargs): return f(lists(net()), lr=1e-2, **kwargs)
@@ -169,7 +173,8 @@ def wrapper_knows_fastai_s_names():
     w.set_hypers(lr=slice(1e-4,1e-2), mom=.7, sqr_mom=[.8,.9,.95], wd=.1)
     built = OptimWrapper(opt=torch.optim.SGD([dict(params=m[0].parameters()), dict(params=m[1].parameters(), lr=.5)], lr=.1))
     dicts = OptimWrapper([dict(params=m[0].parameters(), lr=.3), dict(params=m[1].parameters())], torch.optim.SGD, lr=.1, convert_groups=False)
-    return w.hypers,[g['betas'] for g in w.opt.param_groups],built.hypers,dicts.hypers,raised(OptimWrapper),raised(OptimWrapper, m.parameters(), built.opt),w.clear_state(),of_opt(w)
+    return w.hypers,[g['betas'] for g in w.opt.param_groups],built.hypers,dicts.hypers,raised(OptimWrapper),raised(OptimWrapper, m.parameters(),
+        built.opt),w.clear_state(),of_opt(w)
 
 # ---- Learner
 
@@ -181,20 +186,27 @@ def learner_freezes():
 @behaviour
 def learner_clears_moments_when_it_freezes(): return trained(lambda l: (l.fit(1), l.freeze(), of_opt(l.opt), l.fit(1), l.unfreeze()))
 
-fits = dict(fit=lambda l: l.fit(1), fit_rate=lambda l: l.fit(2, 1e-2, wd=.1), fit_slice=lambda l: l.fit(1, slice(1e-4,1e-2)), fit_list=lambda l: (l.fit(1), l.fit(1, [1e-3,1e-2,1e-1], reset_opt=True)),
-    fit_later=lambda l: l.fit(3, 1e-2, start_epoch=2), one_cycle=lambda l: l.fit_one_cycle(2), one_cycle_slice=lambda l: l.fit_one_cycle(2, slice(1e-4,1e-2), div=10, div_final=100, pct_start=.4, wd=.2, moms=(.9,.8,.9)),
-    one_cycle_array=lambda l: l.fit_one_cycle(1, np.array([1e-3,1e-2,1e-1])), one_cycle_end=lambda l: l.fit_one_cycle(1, slice(1e-2)), one_cycle_later=lambda l: l.fit_one_cycle(3, 1e-2, start_epoch=1),
-    flat_cos=lambda l: l.fit_flat_cos(2, 1e-2, div_final=10, pct_start=.5), sgdr=lambda l: l.fit_sgdr(2, 1, 1e-2), fine_tune=lambda l: l.fine_tune(1), fine_tune_args=lambda l: l.fine_tune(2, 1e-2, freeze_epochs=2, lr_mult=10),
+fits = dict(fit=lambda l: l.fit(1), fit_rate=lambda l: l.fit(2, 1e-2, wd=.1), fit_slice=lambda l: l.fit(1, slice(1e-4,1e-2)),
+    fit_list=lambda l: (l.fit(1), l.fit(1, [1e-3,1e-2,1e-1], reset_opt=True)), fit_later=lambda l: l.fit(3, 1e-2, start_epoch=2),
+    one_cycle=lambda l: l.fit_one_cycle(2),
+    one_cycle_slice=lambda l: l.fit_one_cycle(2, slice(1e-4,1e-2), div=10, div_final=100, pct_start=.4, wd=.2, moms=(.9,.8,.9)),
+    one_cycle_array=lambda l: l.fit_one_cycle(1, np.array([1e-3,1e-2,1e-1])), one_cycle_end=lambda l: l.fit_one_cycle(1, slice(1e-2)),
+    one_cycle_later=lambda l: l.fit_one_cycle(3, 1e-2, start_epoch=1), flat_cos=lambda l: l.fit_flat_cos(2, 1e-2, div_final=10, pct_start=.5),
+    sgdr=lambda l: l.fit_sgdr(2, 1, 1e-2), fine_tune=lambda l: l.fine_tune(1), fine_tune_args=lambda l: l.fine_tune(2, 1e-2, freeze_epochs=2, lr_mult=10),
     frozen=lambda l: (l.freeze(), l.fit_one_cycle(1, 1e-2)), bad_list=lambda l: raised(l.fit_one_cycle, 1, [1.,2.]))
 for k,f in fits.items(): behaviours[f'fit: {k}'] = partial(trained, f)
-for k in ('rmsprop','lamb','ranger','wrapper'): behaviours[f'one cycle of {k}'] = partial(trained, lambda l: l.fit_one_cycle(2, slice(1e-4,1e-2)), opt_func=opts[k])
-cbs = dict(accumulate=lambda: GradientAccumulation(8), clip=lambda: GradientClip(.1), early=lambda: EarlyStoppingCallback(min_delta=9, patience=1), best=lambda: SaveModelCallback(fname='best', with_opt=True),
-    every=lambda: SaveModelCallback(fname='every', every_epoch=True), plateau=lambda: ReduceLROnPlateau(min_delta=9), mixup=lambda: MixUp(.4), csv=lambda: CSVLogger(fname='log.csv'), nan=lambda: TerminateOnNaNCallback(), mom=lambda: ParamScheduler({'mom':SchedLin(.9,.1)}))
+def one_cycle(l): l.fit_one_cycle(2, slice(1e-4,1e-2))
+for k in ('rmsprop','lamb','ranger','wrapper'): behaviours[f'one cycle of {k}'] = partial(trained, one_cycle, opt_func=opts[k])
+cbs = dict(accumulate=lambda: GradientAccumulation(8), clip=lambda: GradientClip(.1), early=lambda: EarlyStoppingCallback(min_delta=9, patience=1),
+    best=lambda: SaveModelCallback(fname='best', with_opt=True), every=lambda: SaveModelCallback(fname='every', every_epoch=True),
+    plateau=lambda: ReduceLROnPlateau(min_delta=9), mixup=lambda: MixUp(.4), csv=lambda: CSVLogger(fname='log.csv'), nan=lambda: TerminateOnNaNCallback(),
+    mom=lambda: ParamScheduler({'mom':SchedLin(.9,.1)}))
 for k,f in cbs.items(): behaviours[f'callback: {k}'] = partial(trained, lambda l, f=f, lr=1e30 if k=='nan' else 1e-2: (l.fit(3, lr, cbs=f()), written()))
 
 def written():
     "What is in the files that a callback wrote, without times"
-    return {o.name:re.sub(r'\d+:\d+', '', o.read_text()) if o.suffix=='.csv' else torch.load(o, weights_only=False) for o in sorted(folder.rglob('*')) if o.suffix in ('.csv','.pth')}
+    return {o.name:re.sub(r'\d+:\d+', '', o.read_text()) if o.suffix=='.csv' else torch.load(o,
+        weights_only=False) for o in sorted(folder.rglob('*')) if o.suffix in ('.csv','.pth')}
 
 class Told(Callback):
     "All events in order"
@@ -223,7 +235,8 @@ def lr_find_leaves_no_trace():
         return l.lr_find(num_it=40, show_plot=False, suggest_funcs=(minimum,steep,valley)),before,l.lr_find(1e-5, 1e-1, 7, stop_div=False, show_plot=False)
     return trained(f)
 @behaviour
-def validate_and_predictions(): return trained(lambda l: (l.fit(1), l.validate(), l.get_preds(), l.get_preds(0, with_loss=True, with_decoded=True, with_input=True)))
+def validate_and_predictions(): return trained(lambda l: (l.fit(1), l.validate(), l.get_preds(),
+    l.get_preds(0, with_loss=True, with_decoded=True, with_input=True)))
 
 # ---- save, load, export
 
@@ -270,9 +283,11 @@ def learners_can_be_pickled_and_copied():
 
 @behaviour
 def schedules():
-    fs = dict(lin=SchedLin(1.,3.), cos=SchedCos(1.,3.), no=SchedNo(1.,3.), exp=SchedExp(1.,3.), poly=SchedPoly(1.,3.,2), both=combined_cos(.25, 1., 3., .1), three=combine_scheds([.2,.3,.5], [SchedLin(0,1),SchedNo(1,1),SchedCos(1,0)]))
+    fs = dict(lin=SchedLin(1.,3.), cos=SchedCos(1.,3.), no=SchedNo(1.,3.), exp=SchedExp(1.,3.), poly=SchedPoly(1.,3.,2), both=combined_cos(.25, 1., 3., .1),
+        three=combine_scheds([.2,.3,.5], [SchedLin(0,1),SchedNo(1,1),SchedCos(1,0)]))
     arr = combined_cos(.3, np.array([1.,2.]), np.array([3.,4.]), np.array([0.,1.]))
-    return {k:[f(p) for p in np.linspace(0, 1, 9)] for k,f in fs.items()},[arr(p) for p in (0.,.2,.3,.9,1.)],raised(combine_scheds, [.2,.3], [SchedNo(1,1)]*2),type(schedule.combine_scheds)
+    return {k:[f(p) for p in np.linspace(0, 1, 9)] for k,f in fs.items()},[arr(p) for p in (0.,.2,.3,.9,1.)],raised(combine_scheds, [.2,.3],
+        [SchedNo(1,1)]*2),type(schedule.combine_scheds)
 @behaviour
 def param_scheduler_records_the_last_group():
     def f(l):
@@ -302,8 +317,9 @@ def recorder_draws():
     return res
 @behaviour
 def default_callbacks_and_signatures():
-    methods = [getattr(Learner, k) for k in ('freeze','unfreeze','freeze_to','fit','fit_one_cycle','fit_flat_cos','fit_sgdr','fine_tune','lr_find','save','load','export','validate','get_preds','create_opt')]
-    return defaults.callbacks,learner().cbs,[(f.__name__, f.__doc__, list(inspect.signature(f).parameters)) for f in methods],[list(inspect.signature(f).parameters) for f in (*[o for o in opts.values() if inspect.isfunction(o)], OptimWrapper, Optimizer, ParamScheduler, Recorder)]
+    names = 'freeze unfreeze freeze_to fit fit_one_cycle fit_flat_cos fit_sgdr fine_tune lr_find save load export validate get_preds create_opt'
+    fs = [getattr(Learner, k) for k in names.split()] + [o for o in opts.values() if inspect.isfunction(o)] + [OptimWrapper,Optimizer,ParamScheduler,Recorder]
+    return defaults.callbacks,learner().cbs,[(f.__name__, f.__doc__, list(inspect.signature(f).parameters)) for f in fs]
 
 # ---- what stock fastai makes of files that this package wrote, `without` it only
 

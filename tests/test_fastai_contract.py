@@ -1,4 +1,4 @@
-"What fastai documents of `Optimizer`, `OptimWrapper`, `Learner`, `ParamScheduler` and `Recorder` happens to the last bit in the same way with our import and without it; and stock fastai reads our files"
+"What fastai documents of its optimisers, learners, schedules and recorder is the same to the last bit with our import and without it"
 import json,subprocess,sys
 from functools import partial
 

@@ -15,8 +15,9 @@ from fastai_discriminative.opt_state import named_state,opt_names,put_named_stat
 from fastai_discriminative.backbone import named_params
 from helpers import Stop,changed,flags,plain,same,weights
 
-funcs = dict(adam=Adam, sgd=partial(SGD, mom=0.9), rmsprop=partial(RMSProp, mom=0.9), lamb=Lamb, ranger=ranger, adamw=partial(OptimWrapper, opt=torch.optim.AdamW),
-    lion=partial(OptimWrapper, opt=timm.optim.Lion), adafactor=partial(OptimWrapper, opt=timm.optim.Adafactor), fused=fused_adamw)
+funcs = dict(adam=Adam, sgd=partial(SGD, mom=0.9), rmsprop=partial(RMSProp, mom=0.9), lamb=Lamb, ranger=ranger,
+    adamw=partial(OptimWrapper, opt=torch.optim.AdamW), lion=partial(OptimWrapper, opt=timm.optim.Lion),
+    adafactor=partial(OptimWrapper, opt=timm.optim.Adafactor), fused=fused_adamw)
 
 @pytest.fixture
 def dls():
@@ -47,7 +48,8 @@ def inner(opt): return inner(opt.opt) if isinstance(opt, Lookahead) else opt if 
 
 def moments(learn):
     "All that the optimiser keeps, by name"
-    res = {f'{n} {k}':v for n,p in named_params(learn.model).items() for k,v in inner(learn.opt).state.get(p, {}).items() if isinstance(v, torch.Tensor) or k=='step'}
+    res = {f'{n} {k}':v for n,p in named_params(learn.model).items() for k,v in inner(learn.opt).state.get(p, {}).items() if isinstance(v,
+        torch.Tensor) or k=='step'}
     slow = getattr(learn.opt, 'slow_weights', None) or []
     names = {id(p):n for n,p in named_params(learn.model).items()}
     return {**res, **{f'{names[id(p)]} slow':w for ps,ws in zip(learn.opt.param_lists, slow) for p,w in zip(ps, ws)}}
@@ -198,18 +200,21 @@ def test_adam_s_moments_are_the_same_whoever_keeps_them(dls):
     refused(fit(learner(dls, 'adamw')), saved_state(learner(dls, 'adam')), 'another kind of optimiser')
 
 def hyper(k, v): return lambda sd: (sd['hypers'] if 'hypers' in sd else sd['param_groups'])[1].update({k:v})
-def first(sd): return next(s for s in (sd['state'].values() if isinstance(sd['state'], dict) else sd['state']) if any(isinstance(v, torch.Tensor) and v.ndim for v in s.values()))
+def first(sd): return next(s for s in (sd['state'].values() if isinstance(sd['state'], dict) else sd['state']) if any(isinstance(v,
+    torch.Tensor) and v.ndim for v in s.values()))
 def resize(sd): first(sd).update({k:torch.ones(7) for k,v in first(sd).items() if isinstance(v, torch.Tensor) and v.ndim})
-damages = dict(lr_text=hyper('lr','1e-3'), lr_nan=hyper('lr', float('nan')), a_name_less=lambda sd: sd['names'][1].pop(), a_group_less=lambda sd: sd['names'].pop(),
-    a_name_twice=lambda sd: sd['names'][0].__setitem__(0, sd['names'][0][1]), another_model=lambda sd: sd['names'][0].__setitem__(0, 'stem'),
-    no_state=lambda sd: sd.update(state=5), no_dict=lambda sd: sd['state'].__setitem__(3, None), shape=resize, extra=lambda sd: sd.update(more=1))
+damages = dict(lr_text=hyper('lr','1e-3'), lr_nan=hyper('lr', float('nan')), a_name_less=lambda sd: sd['names'][1].pop(),
+    a_group_less=lambda sd: sd['names'].pop(), a_name_twice=lambda sd: sd['names'][0].__setitem__(0, sd['names'][0][1]),
+    another_model=lambda sd: sd['names'][0].__setitem__(0, 'stem'), no_state=lambda sd: sd.update(state=5),
+    no_dict=lambda sd: sd['state'].__setitem__(3, None), shape=resize, extra=lambda sd: sd.update(more=1))
 
 @pytest.mark.parametrize('func', ['adam','sgd','rmsprop','lamb','ranger','adamw','lion'])
 @pytest.mark.parametrize('damage', damages)
 def test_damaged_state_changes_nothing(dls, func, damage):
     sd = saved_state(fit(learner(dls, func)))
     damages[damage](sd)
-    for n in (3,4) if func=='adam' else (3,): refused(fit(learner(dls, func, n), seed=5), sd, 'damaged|not a finite number|of another model|another kind|has shape')
+    for n in (3,4) if func=='adam' else (3,): refused(fit(learner(dls, func, n), seed=5), sd,
+        'damaged|not a finite number|of another model|another kind|has shape')
 
 @pytest.mark.parametrize('damage,msg', [(lambda sd: sd.update(count='3'),"'count' is saved as '3'"), (lambda sd: sd.pop('slow_weights'),'no slow weights'),
     (lambda sd: sd['slow_weights'].pop(),'damaged'), (lambda sd: sd['slow_weights'][0].__setitem__(0, torch.ones(7)),'has shape')])
@@ -241,7 +246,8 @@ def test_a_wrapper_whose_optimiser_cannot_load_is_as_it_was(dls):
     learn.opt.opt.__class__ = Lion
     was = snap(learn)
     sd['state'][0] = {'exp_avg':torch.zeros_like(sd['state'][0]['exp_avg'])}
-    with pytest.raises(OptimizerStateError, match='Lion cannot load the saved state .RuntimeError: too old'): put_named_state(learn.opt, sd, opt_names(learn.opt, named_params(learn.model)))
+    names = opt_names(learn.opt, named_params(learn.model))
+    with pytest.raises(OptimizerStateError, match='Lion cannot load the saved state .RuntimeError: too old'): put_named_state(learn.opt, sd, names)
     assert is_as(learn, was)
 
 # ---- callbacks and resume

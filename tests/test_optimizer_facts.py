@@ -1,4 +1,4 @@
-"What is asked of any optimiser, as timm asks it of its own: a loss falls, odd layouts and narrow valleys are no trouble, copies and saved state train on in step, each group has its own rate"
+"What timm asks of its optimisers: a loss falls, odd layouts and narrow valleys are no trouble, copies train on in step, each group has its rate"
 import copy,pickle
 from functools import partial
 
@@ -7,8 +7,8 @@ from torch import nn
 
 from fastai_discriminative.optimizer import OptimizerStateError,fused_adamw,fused_sgd
 
-funcs = dict(adamw=(fused_adamw,5e-2), adamw_decayed=(partial(fused_adamw, wd=.3, decay_1d=True),5e-2), adam=(partial(fused_adamw, decouple_wd=False),5e-2), sgd=(fused_sgd,1e-3),
-    momentum=(partial(fused_sgd, mom=.9),1e-3), momentum_decayed=(partial(fused_sgd, mom=.9, wd=.1, decay_1d=True),1e-3))
+funcs = dict(adamw=(fused_adamw,5e-2), adamw_decayed=(partial(fused_adamw, wd=.3, decay_1d=True),5e-2), adam=(partial(fused_adamw, decouple_wd=False),5e-2),
+    sgd=(fused_sgd,1e-3), momentum=(partial(fused_sgd, mom=.9),1e-3), momentum_decayed=(partial(fused_sgd, mom=.9, wd=.1, decay_1d=True),1e-3))
 by_func = pytest.mark.parametrize('func', funcs)
 
 def problem(odd=False):
@@ -71,7 +71,8 @@ def test_in_a_narrow_curved_valley_it_comes_nearer(func):
         opt.zero_grad()
     assert p.isfinite().all() and (p-goal).norm()<torch.tensor([.5,.5]).norm()
 
-copies = dict(state=lambda opt,w,b,new: (new.load_state_dict(copy.deepcopy(opt.state_dict())), (w,b,new))[1], deepcopy=lambda opt,w,b,new: copy.deepcopy((opt.param_lists[0][0],opt.param_lists[1][0],opt)),
+copies = dict(state=lambda opt,w,b,new: (new.load_state_dict(copy.deepcopy(opt.state_dict())), (w,b,new))[1],
+    deepcopy=lambda opt,w,b,new: copy.deepcopy((opt.param_lists[0][0],opt.param_lists[1][0],opt)),
     pickle=lambda opt,w,b,new: pickle.loads(pickle.dumps((opt.param_lists[0][0],opt.param_lists[1][0],opt))))
 
 @by_func
