@@ -32,6 +32,7 @@ Modules:
 - `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes
 - `fastai_discriminative.lr_finder`: Which rates? A range test along the preset's slope, one group at a time, or short annealed trials
 - `fastai_discriminative.moments`: What an optimiser remembers of each parameter: its layout in memory, its saved form, and the way back
+- `fastai_discriminative.opt_state`: The state of fastai's own optimisers, and of torch's in `OptimWrapper`, saved and loaded by the names of the parameters
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
 - `fastai_discriminative.paths`: What a layer is, which layers belong together, and how deep each is on the way from the input to the head
 - `fastai_discriminative.phases`: Who trains, for how long, how fast: a fit in phases, as one fit

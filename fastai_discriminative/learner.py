@@ -29,6 +29,7 @@ from .layers import *
 from .groups import *
 from .presets import *
 from .optimizer import *
+from .opt_state import *
 from .probe import *
 from .holding import *
 from .freeze import *
@@ -103,14 +104,6 @@ def _as_preset(preset, learn, arch, opt_func):
         if preset: raise
 
 # %% ../nbs/06_learner.ipynb #00c26767
-def _keep_moments(old, new):
-    "Give `new` the moments that optimiser `old` of the same kind holds"
-    if isinstance(old, FusedOptimizer) and isinstance(new, FusedOptimizer) and type(old.opt) is type(new.opt):
-        new.opt.state.update(old.opt.state)
-        new._stale = True
-    elif isinstance(old, Optimizer) and isinstance(new, Optimizer):
-        for p,s in old.state.items(): new.state[p].update({k:v for k,v in s.items() if k not in Optimizer._keep_on_clear})
-
 def _new_opt(learn, n_frozen, still, **attrs):
     "Give `learn` new `attrs`, and an optimiser for its new groups that is frozen up to `n_frozen`"
     old,flags = {k:getattr(learn, k) for k in (*attrs,'opt','lr')},{n:(p, p.requires_grad) for n,p in named_params(learn.model).items()}
@@ -119,7 +112,7 @@ def _new_opt(learn, n_frozen, still, **attrs):
     for k,v in attrs.items(): setattr(learn, k, v)
     try:
         learn.create_opt()
-        _keep_moments(old['opt'], learn.opt)
+        carry_state(old['opt'], learn.opt)
         learn.opt.freeze_to(n_frozen)
         for n in still: flags[n][0].requires_grad_(False)
     except BaseException:
@@ -198,18 +191,66 @@ class _Whole:
     def __init__(self, model): self.model = get_model(model)
     def load_state_dict(self, sd, strict=True): return load_whole(self.model, sd, 'The file', strict)
 
+# %% ../nbs/06_learner.ipynb #b564bbb4
+class _OptState:
+    "The optimiser of `learn` with names, and what is frozen, for fastai's `save_model` and `load_model`"
+    def __init__(self, learn):
+        self.opt,self.params,self.saved = learn.opt,named_params(learn.model),None
+        self.names,self.tf = opt_names(self.opt, self.params),next((cb for cb in learn.cbs if isinstance(cb, TrueFreeze)), None)
+
+    def frozen(self):
+        "Number of frozen groups, and names of other parameters that do not train"
+        n,held = (self.opt.frozen_idx if self.tf.off else n_frozen(self.opt)),{id(p) for p in self.tf.off} # norms that train again after the fit
+        return n,[k for ks in self.names[n:] for k in ks if not (self.params[k].requires_grad or id(self.params[k]) in held)]
+
+    def state_dict(self):
+        sd = named_state(self.opt, self.names)
+        return dict(sd, **dict(zip(('frozen','pinned'), self.frozen()))) if self.names and self.tf else sd
+
+    def load_state_dict(self, sd):
+        try: self.saved = _saved_freeze(sd)
+        except OptimizerStateError as e:
+            warnings.warn(str(e))
+            raise
+        put_named_state(self.opt, sd, self.names)
+
+# %% ../nbs/06_learner.ipynb #59187281
+def _saved_freeze(sd):
+    "Names in frozen groups, and of other parameters that did not train, in the saved state `sd`; `None` if it does not say"
+    if not isinstance(sd, dict) or 'frozen' not in sd: return
+    n,pinned,names = sd['frozen'],sd.get('pinned'),sd.get('names')
+    try:
+        if isinstance(n, int) and 0<=n<=len(names) and {*pinned}<={k for ks in names for k in ks}: return {k for ks in names[:n] for k in ks},{*pinned}
+    except TypeError: pass
+    raise OptimizerStateError("The saved optimiser state is damaged: what it says is frozen is not in it. Load the weights alone with `learn.load(file, with_opt=False)`.")
+
+def _freeze_as_saved(learn, cold, still):
+    "Freeze the groups of `learn` that were frozen as a whole, and the parameters `still`"
+    groups,now = learn.splitter.find(learn.model),_OptState(learn)
+    if not (now.names and now.tf): return
+    k = _n_frozen(groups, cold|still)
+    whole = {n for g in groups[:k] for n in g.param_names}
+    if cold-whole: warnings.warn(f"{list_some(sorted(cold-whole))} were frozen when the file was saved, but not all of group {groups[k].name!r}. "
+        f"Groups are frozen as a whole, so it trains. `learn.freeze_to({k+1})` freezes it.")
+    n,pinned = now.frozen()
+    if (n,{*pinned})!=(k,still-whole): freeze_as(learn, k, still-whole)
+
+# %% ../nbs/06_learner.ipynb #17ea4924
 def _load(learn, file, *args, **kwargs):
-    "fastai's `load`, of a model that is loaded whole or not at all"
+    "fastai's `load`: the model whole or not at all, the optimiser's state by name, and what was frozen"
     model,opt = learn.model,learn.opt
     if opt is None: learn.create_opt()
-    learn.model = _Whole(model)
-    try: return Learner.load._stock(learn, file, *args, **kwargs)
+    new,state = learn.opt,_OptState(learn)
+    learn.model,learn.opt = _Whole(model),state
+    try: res = Learner.load._stock(learn, file, *args, **kwargs)
     except BaseException as e:
-        learn.opt = opt
+        new = opt
         if not isinstance(e, Exception) or isinstance(e, (DiscriminativeError,OSError)): raise
         why = (str(e).splitlines() or [''])[0][:200]
         raise WeightsError(f"{str(file)!r} holds no model that could be loaded ({type(e).__name__}: {why}). It may be truncated, or something else wrote it.") from e
-    finally: learn.model = model
+    finally: learn.model,learn.opt = model,new
+    if state.saved: _freeze_as_saved(learn, *state.saved)
+    return res
 
 _takes_groups('load', _load)
 
@@ -297,10 +338,13 @@ for _name,_arg in dict(fit='lr', fit_one_cycle='lr_max', fit_flat_cos='lr', fit_
 
 # %% ../nbs/06_learner.ipynb #4a23090a
 def _save(learn, file, **kwargs):
-    "fastai's `save`, in one move"
-    stock,dst = Learner.save._stock,join_path_file(file, learn.path/learn.model_dir, ext='.pth')
-    if rank_distrib() or not isinstance(dst, Path): return stock(learn, file, **kwargs)
-    with written_aside(dst) as tmp: stock(learn, str(tmp.absolute())[:-len('.pth')], **kwargs)
+    "fastai's `save`, in one move, with the optimiser's state by name"
+    stock,dst,opt = Learner.save._stock,join_path_file(file, learn.path/learn.model_dir, ext='.pth'),learn.opt
+    if opt is not None: learn.opt = _OptState(learn)
+    try:
+        if rank_distrib() or not isinstance(dst, Path): return stock(learn, file, **kwargs)
+        with written_aside(dst) as tmp: stock(learn, str(tmp.absolute())[:-len('.pth')], **kwargs)
+    finally: learn.opt = opt
     return dst
 
 def _export(learn, fname='export.pkl', **kwargs):

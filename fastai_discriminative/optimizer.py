@@ -92,9 +92,9 @@ def _check_params(groups, names):
 _impls = ('fused', 'foreach', 'loop')
 
 @lru_cache(maxsize=None)
-def _works(opt, impl, device, dtype):
-    "Can torch's `opt` step a tensor of this `device` and `dtype` with `impl`? Found by trying"
-    if impl=='loop': return True
+def _works(opt, impl, device, dtype, gaps=False):
+    "Can torch's `opt` step a tensor of this `device` and `dtype`, perhaps with `gaps` in memory, with `impl`? Found by trying"
+    if impl=='loop' or impl=='fused' and gaps: return impl=='loop' # fused kernels do not look at strides
     try:
         p = nn.Parameter(torch.zeros(2, device=device, dtype=dtype))
         p.grad = torch.zeros_like(p)
@@ -105,7 +105,7 @@ def _works(opt, impl, device, dtype):
 # %% ../nbs/05_optimizer.ipynb #e38e3e50
 def _best_impl(opt, ps, impl=None):
     "`impl` where given, else the first of `fused`, `foreach`, `loop` that works for all of `ps`"
-    kinds = {(p.device, p.dtype) for p in ps if p.is_floating_point()}
+    kinds = {(p.device, p.dtype, *['with gaps in memory']*has_gaps(p)) for p in ps if p.is_floating_point()}
     def _all_work(o): return all(_works(opt, o, *k) for k in kinds)
     if impl is None: return next(o for o in _impls if _all_work(o))
     if not _all_work(impl): raise OptimizerStateError(
@@ -333,7 +333,7 @@ def load_state_dict(self:FusedOptimizer,
     "Load moments, and hyper-parameters if the groups are the same; if they do not fit, change nothing and raise `OptimizerStateError`"
     ps = [p for o in self._lists for p in o]
     try:
-        saved = read_state(sd)
+        saved = read_state(sd, kind=type(self.opt).__name__)
         match = match_state(saved, self.param_names(), [len(o) for o in self._lists])
         check_hypers(saved.hypers, self.hypers[0])
         new = {p: torch_moments(p, s, type(self.opt), self._name(p)) for p,s in zip(ps, match.states)}
