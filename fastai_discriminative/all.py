@@ -18,5 +18,6 @@ from .phases import *
 from .strategies import *
 from .auto import *
 from .lr_finder import *
+from .preflight import *
 from .report import *
 from .compare import *

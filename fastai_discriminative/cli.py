@@ -167,6 +167,7 @@ def _describe(job):
     learn.unfreeze()
     print(learn.layer_groups)
     print(learn.preset)
+    print(f'\n{learn.preflight(job.a.epochs, job.strategy).text(command=True)}')
 
 # %% ../nbs/15_cli.ipynb #6008ecb4
 def _train(job, compare):
