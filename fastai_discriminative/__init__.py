@@ -27,6 +27,7 @@ Modules:
 - `fastai_discriminative.freeze`: A freeze that freezes: what is frozen does not move by one bit, and norm layers follow one choice
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
 - `fastai_discriminative.holding`: Callbacks that take something of a learner while it trains, and give it back however the fit ends
+- `fastai_discriminative.html_report`: One file that tells what a fine-tune was: groups, rates, history, evidence, environment, and the code to repeat it
 - `fastai_discriminative.keys`: What kept features depend on, in a form that can be compared
 - `fastai_discriminative.layers`: For each parameter of a model: its layer, its depth, and whether it is new, a norm's, undecayed, shared or unused
 - `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes

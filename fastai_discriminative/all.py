@@ -20,4 +20,5 @@ from .auto import *
 from .lr_finder import *
 from .preflight import *
 from .report import *
+from .html_report import *
 from .compare import *

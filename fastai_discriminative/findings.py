@@ -195,7 +195,7 @@ def _presets(look):
     "The presets that the fit takes its rates from"
     own,s = look.learn.preset if in_layer_groups(look.learn) else None,look.strategy
     if isinstance(s, (str,Strategy)): return [own] if own else []
-    lrs = [p.lr for p in L(s)] if s is not None else ['preset' if look.lr is None and own else look.lr]
+    lrs = [p.lr for p in L(s)] if s is not None else [look.lr]
     return [own if isinstance(o, str) else o for o in lrs if isinstance(o, (str,Preset))]
 
 def _find_steps(look):

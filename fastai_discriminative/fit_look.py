@@ -28,7 +28,6 @@ class NotKnown(Exception): "Why something about a fit to come cannot be known"
 
 def _plain_phase(learn, n_epoch, lr, cbs):
     "The fit of `n_epoch` at `lr` as a phase, with a list of one rate a group"
-    if lr is None: lr = 'preset' if getattr(learn, 'preset', None) else learn.lr
     k = learn.opt.frozen_idx
     if in_layer_groups(learn): return strategy_phases(learn, Phase(n_epoch, lr, frozen=k), cbs=cbs)[0]
     if isinstance(lr, (str,Preset)): raise PresetError("A preset needs layer groups. Call `learn.split()` first.")
@@ -45,6 +44,7 @@ class FitLook:
         lr=None, # As for `preflight`
         cbs=None # Callbacks that the fit adds
     ):
+        if lr is None and strategy is None: lr = 'preset' if getattr(learn, 'preset', None) else learn.lr
         self.learn,self.strategy,self.lr = learn,strategy,lr
         self.phases = [_plain_phase(learn, n_epoch, lr, cbs)] if strategy is None else strategy_phases(learn, strategy, n_epoch, cbs)
         self.groups,self.n_epoch = groups_of(learn),sum(p.n_epoch for p in self.phases)
@@ -80,6 +80,7 @@ def _precision(learn):
     if ctx is not None or mode is None: return ctx or nullcontext()
     return torch.autocast(_device(learn).type, torch.bfloat16 if 'bf16' in str(mode.value) else torch.float16)
 
+# %% ../nbs/09a_fit_look.ipynb #4cb885c1
 def _device(learn): return next(learn.model.parameters()).device
 
 def _timed(f, device):

@@ -30,6 +30,7 @@ def _clock(s): return f'{s:.1f} s' if s<60 else f'{s/60:.0f} min' if s<5400 else
 class Preflight:
     "What a fit is going to do, and what is unusual about it"
     title:str # The fit in a few words
+    call:str # The line that runs it
     device:str # Where it runs
     phases:list # One dict a phase: `epochs`, `steps`, `trains`, `lr_low`, `lr_high`, `on`, `seconds`
     groups:list # One dict a group: `group`, `parameters`, `new`, `wd`, and `lrs`: its rate in each phase, `None` where it is frozen
@@ -95,6 +96,13 @@ def _group_rows(look):
     def _lrs(i): return [None if i<k else p.lr[i] for p,k in zip(look.phases, look.frozen)]
     return [dict(group=g.name, parameters=g.n_params, new=g.is_new, wd=wd, lrs=_lrs(i)) for i,(g,wd) in enumerate(zip(look.groups, wds))]
 
+# %% ../nbs/09c_preflight.ipynb #80d5ef02
+def _call(n_epoch, strategy, lr):
+    "The line that runs the fit, as far as arguments can be written down"
+    s = getattr(strategy, 'name', strategy)
+    if s is None: return f"learn.fit_one_cycle({n_epoch}, {getattr(lr, 'lrs', lr)!r})"
+    return f'learn.fit_strategy({s!r}, {n_epoch})'
+
 def _title(look):
     s = getattr(look.strategy, 'name', look.strategy)
     how = repr(s) if isinstance(s, str) else 'one fit' if s is None else f'{len(look.phases)} phases'
@@ -115,7 +123,8 @@ def preflight(self:Learner,
     if getattr(self, 'dl', None) is not None: raise StrategyError("A fit is running. Look before it, or after it.")
     if strategy is not None and lr is not None: raise StrategyError(f"A strategy has rates of its own. Leave out `lr`, or give `[Phase({n_epoch}, {lr!r})]`.")
     with looking_at_fit(self, n_epoch, strategy, lr, cbs) as look:
-        _last[self] = Preflight(_title(look), str(next(self.model.parameters()).device), _phase_rows(look), _group_rows(look), look.memory, *find_unusual(look))
+        device = str(next(self.model.parameters()).device)
+        _last[self] = Preflight(_title(look), _call(n_epoch, strategy, look.lr), device, _phase_rows(look), _group_rows(look), look.memory, *find_unusual(look))
     return _last[self]
 
 def last_preflight(

@@ -2,12 +2,13 @@
 import pickle,random,shutil
 from functools import partial
 
-import numpy as np,pytest,timm,torch
+import numpy as np,pytest,torch
 from PIL import Image
 from torch import nn
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper
-from fastai.vision.all import (Adam,CrossEntropyLossFlat,BCEWithLogitsLossFlat,DataLoaders,ImageDataLoaders,L,Learner,MSELossFlat,Normalize,Resize,SGD,accuracy,imagenet_stats,set_seed,vision_learner)
+from fastai.vision.all import (Adam,BCEWithLogitsLossFlat,CrossEntropyLossFlat,DataLoaders,ImageDataLoaders,L,Learner,MSELossFlat,Normalize,accuracy,
+    imagenet_stats,set_seed)
 
 from fastai_discriminative.all import *
 from fastai_discriminative import findings as fg,fit_look as fl
