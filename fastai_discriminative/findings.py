@@ -90,7 +90,7 @@ def _find_norms(look):
     bare = any(cfg.get('mean') or (0,)) and float(x.min())>=0 and float(x.max())<=1
     fix = f"dls.add_tfms([Normalize.from_stats({cfg['mean']}, {cfg['std']})], 'after_batch')" if bare else 'learn.split(train_norm=True)'
     gaps = _norm_gaps(look.learn.model, _body_norms(look).values(), xb)
-    if not gaps and not bare: raise NotKnown("no layer has running statistics")
+    if not gaps and not bare: raise NotKnown("no layer of the body has running statistics")
     shift,off = np.max([gaps[0], np.median(gaps, 0)], 0) if gaps else (0., 1.)
     if not bare and shift<=_far_mean and off<=_far_var: return
     seen = f" In one batch the mean of the norm layers' median channel is {shift:.1f} standard deviations from the running one, the variance {off:.1f} times off." if gaps else ''

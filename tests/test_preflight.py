@@ -87,7 +87,7 @@ def test_a_model_without_running_statistics_is_told_of_its_inputs_only(dls):
     learn.pretrained = True
     assert '(0.5, 0.5, 0.5)' in found(learn.preflight(1))['norms'].fix
     learn.dls.add_tfms([Normalize.from_stats((.5,.5,.5), (.5,.5,.5))], 'after_batch')
-    assert learn.preflight(1).skipped['norms']=='no layer has running statistics'
+    assert learn.preflight(1).skipped['norms']=='no layer of the body has running statistics'
 
 def test_steps(learn):
     f = found(learn.preflight(3, 'lp_ft'))['steps']
