@@ -22,10 +22,13 @@ Modules:
 - `fastai_discriminative.fast_math`: Channels-last memory and bfloat16, where this machine gains by them
 - `fastai_discriminative.features`: What frozen layers make of an image, computed once: the frozen prefix of a model, and training on its cached results
 - `fastai_discriminative.files`: Files that are whole or not there, and folders that go with their owner, however it ends
+- `fastai_discriminative.findings`: What is unusual about a fit to come, with the numbers that show it and the line that mends it
 - `fastai_discriminative.finite`: The first thing that is not finite, by its name, when a loss is NaN
+- `fastai_discriminative.fit_look`: What a fit is going to do, and what one batch of it costs, before it begins
 - `fastai_discriminative.freeze`: A freeze that freezes: what is frozen does not move by one bit, and norm layers follow one choice
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
 - `fastai_discriminative.holding`: Callbacks that take something of a learner while it trains, and give it back however the fit ends
+- `fastai_discriminative.html_report`: One file that tells what a fine-tune was: groups, rates, history, evidence, environment, and the code to repeat it
 - `fastai_discriminative.jobs`: What the commands do: train once, with several seeds, in folds or by several strategies, and predict; and what they leave behind
 - `fastai_discriminative.keys`: What kept features depend on, in a form that can be compared
 - `fastai_discriminative.layers`: For each parameter of a model: its layer, its depth, and whether it is new, a norm's, undecayed, shared or unused
@@ -39,6 +42,7 @@ Modules:
 - `fastai_discriminative.points`: Averaged weights, and the choice between the head alone, the end of a fit, and what lies between
 - `fastai_discriminative.predict`: From trained learners to a submission: a folder or a table of images, test-time augmentation, ensembles, out-of-fold predictions
 - `fastai_discriminative.prefix`: The part of a model that depends on nothing that trains, and what the rest of the model uses of it
+- `fastai_discriminative.preflight`: A look before the fit: what will happen, how long it takes, and what is unusual, each with the line that mends it
 - `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
 - `fastai_discriminative.probe`: Ask a model and its data something, and leave both as they were
 - `fastai_discriminative.ranks`: Several processes that train one model: gradients of all that trains are averaged, and every process decides the same

@@ -19,5 +19,7 @@ from .phases import *
 from .strategies import *
 from .auto import *
 from .lr_finder import *
+from .preflight import *
 from .report import *
+from .html_report import *
 from .compare import *

@@ -20,7 +20,7 @@ from .probe import *
 from .ranks import *
 from .learner import *
 from .phases import *
-from .phases import _schedule
+from .schedules import _schedule
 from .points import *
 from .strategies import _lp
 

@@ -94,7 +94,7 @@ def _add_common(p, n_threads, seed):
     p.add_argument('--overwrite', action='store_true', help="replace the results of an earlier run")
     p.add_argument('--json', action='store_true', help='print the results as JSON on stdout, and all else on stderr')
 
-def _add_training(p, size, n_threads, out, n_train, saved='learner.pkl, accuracy.png, history.csv and run.json'):
+def _add_training(p, size, n_threads, out, n_train, saved='learner.pkl, accuracy.png, report.html, history.csv and run.json'):
     "Arguments of the commands that train"
     p.add_argument('--epochs', type=_count, default=4, help='epochs after those in which only the head trains (default: %(default)s)')
     p.add_argument('--size', type=_size, default=size, help=f"height and width of the images in pixels (default: {size or 'what the architecture was trained at, at most 224'})")

@@ -29,6 +29,8 @@ from .builder import *
 from .phases import *
 from .strategies import *
 from .auto import *
+from .preflight import *
+from .html_report import *
 from .compare import *
 from .demo import *
 from .predict import *
@@ -203,13 +205,15 @@ def _spoken(a):
 
 # %% ../nbs/14b_jobs.ipynb #474ce7c2
 def _describe(job):
-    "Print what is going to be trained, with its group table"
+    "Print what is going to be trained, with its group table; the `Preflight`"
     learn = job.ours()
     n = [len(learn.dls.train_ds), len(learn.dls.valid_ds)]
     print(f"{job.images.path.name}: {len(learn.dls.vocab)} classes, {n[0]} images to train on, {n[1]} to validate, {job.size} px, batch {learn.dls.bs}")
     learn.unfreeze()
     print(learn.layer_groups)
-    print(learn.preset)
+    look = learn.preflight(job.a.epochs, job.strategy)
+    print(learn.preset, look.text(command=True), sep='\n\n')
+    return look
 
 # %% ../nbs/14b_jobs.ipynb #2a610909
 @contextmanager
@@ -231,7 +235,7 @@ def _end(job, out, names):
 # %% ../nbs/14b_jobs.ipynb #63230dbd
 def _train(job, compare, out, rec, start):
     "Train with each seed, print the table, save the learner and the plot"
-    _describe(job)
+    look = _describe(job)
     runs,learn = _race(job, compare)
     print('\n'+runs_table(runs))
     if hasattr(learn, 'auto_evidence'): print(f'\n{learn.auto_evidence}')
@@ -241,9 +245,10 @@ def _train(job, compare, out, rec, start):
     with _writing(out):
         plot_runs(runs, out/'accuracy.png', f'{job.arch} on {job.images.path.name}'.encode(errors='replace').decode())
         export_learner(learn, out/'learner.pkl')
+        learn.discriminative_report(out/'report.html', f'{job.arch} on {job.images.path.name}', look, seed=job.a.seed)
         _write_history(out/'history.csv', runs)
         _write_record(out/'run.json', rec)
-    _end(job, out, ('learner.pkl','accuracy.png','history.csv','run.json'))
+    _end(job, out, ('learner.pkl','accuracy.png','report.html','history.csv','run.json'))
 
 # %% ../nbs/14b_jobs.ipynb #9d9ec856
 def _fold_learners(job, folds, out, runs):

@@ -7,14 +7,13 @@ callbacks that see all of it, and moments of the optimiser that survive when lay
 
 # %% auto #0
 __all__ = ['Phase', 'StrategyRun', 'KeepBest', 'Strategy', 'register_strategy', 'list_strategies', 'find_strategy',
-           'StrategyError', 'ResumeError', 'NotFiniteError']
+           'strategy_phases', 'StrategyError', 'ResumeError', 'NotFiniteError']
 
 # %% ../nbs/07b_phases.ipynb #752ce460
 import inspect,math,warnings
 from dataclasses import dataclass,replace
 
 from fastai.basics import *
-from fastai.callback.schedule import SchedCos,SchedLin,SchedNo
 
 from .core import *
 from .groups import *
@@ -22,7 +21,7 @@ from .probe import *
 from .holding import *
 from .ranks import *
 from .finite import *
-from .schedules import _combine_scheds
+from .schedules import _schedule
 from .resume import *
 from .learner import *
 from .learner import _check_units,_resolve_lr
@@ -30,25 +29,6 @@ from .features import *
 
 # %% ../nbs/07b_phases.ipynb #d830c892
 _all_ = ['StrategyError','ResumeError','NotFiniteError']
-
-# %% ../nbs/07b_phases.ipynb #e0d29faf
-def _stages(start, *parts):
-    "A function of [0,1] through `parts`, `(share of the time, schedule, value at the end)`, that begins with `start`"
-    ends = [start, *[o[2] for o in parts]]
-    return _combine_scheds([o[0] for o in parts], [s(a, b) for (_,s,_),a,b in zip(parts, ends, ends[1:])])
-
-_schedules = dict(
-    one_cycle=(_stages(.04, (.25,SchedCos,1.), (.75,SchedCos,1e-5)), _stages(.95, (.25,SchedCos,.85), (.75,SchedCos,.95))), # the rise and fall of `fit_one_cycle`
-    flat_cos=(_stages(1., (.75,SchedLin,1.), (.25,SchedCos,1e-5)), None), # `fit_flat_cos`
-    cos=(SchedCos(1., 0.), None), flat=(SchedNo(1., 1.), None),
-    slanted=(_stages(1/32, (.1,SchedLin,1.), (.9,SchedLin,1/32)), None)) # Howard and Ruder 2018, section 3.2
-
-# %% ../nbs/07b_phases.ipynb #0df376a5
-def _schedule(o):
-    "Functions of [0,1] for the share of the peak rates, and for momentum (`None` to leave it)"
-    if callable(o): return o,None
-    if o in _schedules: return _schedules[o]
-    raise StrategyError(f"Unknown schedule {o!r}.{near_matches(o, _schedules)} Use one of {', '.join(_schedules)}, or a function from [0,1] to the share of the peak rate.")
 
 # %% ../nbs/07b_phases.ipynb #32787409
 @dataclass
@@ -360,15 +340,28 @@ def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch, file):
     finally:
         if cached is not own: cached.close()
 
+# %% ../nbs/07b_phases.ipynb #eb6d7bed
+def strategy_phases(
+    learn, # A `Learner`; it is split if it has no layer groups
+    strategy='auto', # Name, `Strategy`, or list of `Phase`
+    n_epoch:int|None=None, # As in `fit_strategy`
+    cbs=None # Callbacks that the fit adds
+)->list: # Of `Phase`, with a list of one rate a group in `lr`
+    "The phases that `fit_strategy` runs; raises `StrategyError` or `PresetError` as it does"
+    _ready(learn)
+    peak,n = learn.peak_lrs,len(learn.opt.hypers)
+    def _rates(p): return _per_group(_resolve_lr(learn, p.lr(learn, 0) if callable(p.lr) else p.lr, cbs, p.n_epoch), n)
+    try: return [replace(p, lr=_rates(p)) for p in _plan(learn, _as_strategy(strategy), n_epoch, cbs)]
+    finally: learn.peak_lrs = peak
+
 # %% ../nbs/07b_phases.ipynb #2a23cdaa
-def _picture(learn, phases, n=60):
+def _picture(phases, n_groups, n=60):
     "Rates over time as an array (groups x columns) with `nan` where frozen, the columns' edges in epochs on images, and the phases' ends"
     cols,edges,ends = [],[0.],[]
     for p in phases:
         share,_ = _schedule(p.sched)
-        k = p.frozen%len(learn.opt.hypers)
+        k,lrs = p.frozen%n_groups,np.array(p.lr)
         width = p.n_epoch/(_cached_per_epoch if p.cached else 1)
-        lrs = np.array(_per_group(_resolve_lr(learn, p.lr(learn, 0) if callable(p.lr) else p.lr), len(learn.opt.hypers)))
         for i in range(n):
             cols.append(np.where(np.arange(len(lrs))<k, np.nan, lrs*float(share((i+.5)/n))))
             edges.append(edges[-1]+width/n)
@@ -383,11 +376,9 @@ def plot_strategy(self:Learner,
 )->plt.Axes: # The axes
     "Layer groups over time, coloured by learning rate; frozen ones are hatched. Of rates that are measured, those with which the measuring begins"
     from matplotlib.colors import LogNorm
-    _ready(self)
-    s,groups,peak = _as_strategy(strategy),self.splitter.find(self.model),self.peak_lrs
-    phases = _plan(self, s, n_epoch)
-    rates,edges,ends = _picture(self, phases)
-    self.peak_lrs = peak
+    s,phases = _as_strategy(strategy),strategy_phases(self, strategy, n_epoch)
+    groups = self.splitter.find(self.model)
+    rates,edges,ends = _picture(phases, len(groups))
     ax = ax or plt.subplots(figsize=(7, .9+.24*len(groups)), layout='constrained')[1]
     ax.patch.set(facecolor='#e8e8e8', hatch='////', edgecolor='#bbbbbb')
     m = ax.pcolormesh(edges, np.arange(len(groups)+1), np.ma.masked_invalid(np.maximum(rates, 1e-8)), norm=LogNorm(1e-7, 1e-2), cmap='viridis', rasterized=True)

@@ -15,6 +15,8 @@ from fastai.basics import *
 from fastai.callback import schedule
 from fastai.callback.schedule import *
 
+from .core import *
+
 # %% ../nbs/05d_schedules.ipynb #90b63b67
 def _combine_scheds(pcts, scheds, _stock=schedule.combine_scheds):
     "fastai's `combine_scheds`, without tensors and bit for bit the same"
@@ -79,3 +81,22 @@ def _light_recorder(learn):
     i = list(learn.cbs).index(old)
     learn.remove_cb(old).add_cb(new)
     learn.cbs.insert(i, learn.cbs.pop())
+
+# %% ../nbs/05d_schedules.ipynb #e0d29faf
+def _stages(start, *parts):
+    "A function of [0,1] through `parts`, `(share of the time, schedule, value at the end)`, that begins with `start`"
+    ends = [start, *[o[2] for o in parts]]
+    return _combine_scheds([o[0] for o in parts], [s(a, b) for (_,s,_),a,b in zip(parts, ends, ends[1:])])
+
+_schedules = dict(
+    one_cycle=(_stages(.04, (.25,SchedCos,1.), (.75,SchedCos,1e-5)), _stages(.95, (.25,SchedCos,.85), (.75,SchedCos,.95))), # the rise and fall of `fit_one_cycle`
+    flat_cos=(_stages(1., (.75,SchedLin,1.), (.25,SchedCos,1e-5)), None), # `fit_flat_cos`
+    cos=(SchedCos(1., 0.), None), flat=(SchedNo(1., 1.), None),
+    slanted=(_stages(1/32, (.1,SchedLin,1.), (.9,SchedLin,1/32)), None)) # Howard and Ruder 2018, section 3.2
+
+# %% ../nbs/05d_schedules.ipynb #0df376a5
+def _schedule(o):
+    "Functions of [0,1] for the share of the peak rates, and for momentum (`None` to leave it)"
+    if callable(o): return o,None
+    if o in _schedules: return _schedules[o]
+    raise StrategyError(f"Unknown schedule {o!r}.{near_matches(o, _schedules)} Use one of {', '.join(_schedules)}, or a function from [0,1] to the share of the peak rate.")

@@ -24,7 +24,8 @@ from .ranks import *
 from .probe import *
 from .freeze import *
 from .phases import *
-from .phases import _cached_per_epoch,_ready,_stages
+from .phases import _cached_per_epoch,_ready
+from .schedules import _stages
 
 # %% ../nbs/08_strategies.ipynb #9df73e44
 def _lp(preset, n_epoch=_cached_per_epoch): return Phase(n_epoch, preset, frozen=-1, cached=True)

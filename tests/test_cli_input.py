@@ -81,7 +81,7 @@ def test_done(args, place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(place)
     out = ['--out', str(tmp_path/'out')] if args[0]=='finetune' and '--help' not in args else []
     assert _run([*args, *out], capsys)[0]==0
-    assert not out or sorted(o.name for o in (tmp_path/'out').iterdir())==['accuracy.png','history.csv','learner.pkl','run.json']
+    assert not out or sorted(o.name for o in (tmp_path/'out').iterdir())==['accuracy.png','history.csv','learner.pkl','report.html','run.json']
 
 @pytest.mark.parametrize('status,args,msg', refused, ids=_id)
 def test_refused(status, args, msg, place, tmp_path, capsys, monkeypatch):
