@@ -30,6 +30,7 @@ Modules:
 - `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes
 - `fastai_discriminative.lr_finder`: Which rates? A range test along the preset's slope, one group at a time, or short annealed trials
 - `fastai_discriminative.moments`: What an optimiser remembers of each parameter: its layout in memory, its saved form, and the way back
+- `fastai_discriminative.names`: A group by its name wherever a group is meant, and a rate for every group from a few by name
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
 - `fastai_discriminative.paths`: What a layer is, which layers belong together, and how deep each is on the way from the input to the head
 - `fastai_discriminative.phases`: Who trains, for how long, how fast: a fit in phases, as one fit
