@@ -7,7 +7,7 @@ The last epoch of a fit need not be its best. `KeepBest` keeps the weights of th
 # %% auto #0
 __all__ = ['KeepBest']
 
-# %% ../nbs/07b_best.ipynb #26b5af8e
+# %% ../nbs/07b_best.ipynb #73c4bbbf
 import math
 
 from fastai.basics import *
