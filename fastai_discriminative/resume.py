@@ -209,7 +209,8 @@ def _model_state(model):
 
 def _learner_state(learn):
     "All that a fit of `learn` needs to go on with its next epoch"
-    tf,pack,loaders = learn.true_freeze,partial(_pack, memo={}),[o.getstate() if isinstance(o, random.Random) else o.get_state() for o in _loader_dice(learn.dls)]
+    pack,loaders = partial(_pack, memo={}),[o.getstate() if isinstance(o, random.Random) else o.get_state() for o in _loader_dice(learn.dls)]
+    tf = learn.true_freeze
     tf.note()
     res = _model_state(unwrap_model(learn.model))
     res.update(opt=pack(learn.opt.state_dict()), frozen=tf.asked, pinned=sorted(tf.pinned))

@@ -14,14 +14,10 @@ def groups(request): return layer_groups(timm.create_model(request.param, num_cl
 def parts(groups):
     "Groups with names of their own, of all kinds there are"
     def _group(name, names, layers, depth, **kw): return LayerGroup(name, tuple(names), tuple(layers), depth, (depth,depth), 1, **kw)
-    return LayerGroups([
-        _group('conv1', ['0.net.conv1.weight'], ['conv1'], 0.),
-        _group('a.0-1', ['0.net.a.0.conv1.weight','0.net.a.1.conv1.weight'], ['a.0','a.1'], .3),
-        _group('b.0', ['0.net.b.0.conv1.weight'], ['b.0'], .3),
-        _group('a.2 ... b.1', ['0.net.a.2.conv1.weight','0.net.b.1.conv1.weight'], ['a.2','b.1'], .6),
-        _group('pretrained head', ['0.net.head.norm.weight'], ['head'], .8),
-        _group('fpn', ['0.fpn.weight'], ['fpn'], 1., new=True),
-        _group('head', ['1.8.weight','1.8.bias'], ['head'], 1., is_head=True)], 'registered')
+    gs = [_group('conv1', ['0.net.conv1.weight'], ['conv1'], 0.), _group('a.0-1', ['0.net.a.0.conv1.weight','0.net.a.1.conv1.weight'], ['a.0','a.1'], .3)]
+    gs += [_group('b.0', ['0.net.b.0.conv1.weight'], ['b.0'], .3), _group('a.2 ... b.1', ['0.net.a.2.conv1.weight','0.net.b.1.conv1.weight'], ['a.2','b.1'], .6)]
+    gs += [_group('pretrained head', ['0.net.head.norm.weight'], ['head'], .8), _group('fpn', ['0.fpn.weight'], ['fpn'], 1., new=True)]
+    return LayerGroups([*gs, _group('head', ['1.8.weight','1.8.bias'], ['head'], 1., is_head=True)], 'registered')
 
 # ---- names
 
@@ -44,7 +40,8 @@ def test_errors_give_the_near_names_and_all_groups():
     with pytest.raises(SplitterError, match="called 'pretrainedhead'.*Did you mean 'pretrained head'.*The groups are: conv1, a.0-1, b.0, a.2 ... b.1, pretrained head, fpn, head"):
         find_groups(parts(None), 'pretrainedhead')
     gs = layer_groups(timm.create_model('test_vit', num_classes=3))
-    with pytest.raises(SplitterError, match="'attn.qkv' could be 'blocks.0.attn.qkv', 'blocks.1.attn.qkv', 'blocks.2.attn.qkv' and 3 more, which are in 3 groups.*Give more of the path"): find_groups(gs, 'attn.qkv')
+    with pytest.raises(SplitterError, match="'attn.qkv' could be 'blocks.0.attn.qkv', 'blocks.1.attn.qkv', 'blocks.2.attn.qkv' and 3 more, which are in 3 groups.*more of the path"):
+        find_groups(gs, 'attn.qkv')
 
 def test_stem_is_a_layer_where_one_is_called_so():
     gs = parts(None)
@@ -57,7 +54,8 @@ def test_stem_is_a_layer_where_one_is_called_so():
 def test_freeze_to_a_name_is_freeze_to_its_number(dls, name, n):
     learn = ours(dls)
     learn.freeze_to(name)
-    assert learn.opt.frozen_idx==n and frozen_names(learn)=={p for g in learn.layer_groups[:n] for p in g.param_names}=={p for p,f in flags(learn).items() if not f}
+    assert learn.opt.frozen_idx==n
+    assert frozen_names(learn)=={p for g in learn.layer_groups[:n] for p in g.param_names}=={p for p,f in flags(learn).items() if not f}
     learn.true_freeze.freeze_to(name)
     assert learn.opt.frozen_idx==n
 
@@ -144,13 +142,14 @@ def test_rates_that_cannot_be_used(bad, words):
 
 @pytest.mark.parametrize('fit', ['fit','fit_one_cycle','fit_flat_cos','fit_sgdr','fit_strategy'])
 def test_every_fit_takes_rates_by_name(dls, fit):
-    rates,hyp = {'stem':1e-4, 'layer3':1e-3, 'head':1e-2},Hypers()
+    rates,hyp = dict(stem=1e-4, layer3=1e-3, head=1e-2),Hypers()
     learn = ours(dls, n_groups=6)
     want = rates_by_name(learn.layer_groups, rates)
     if fit=='fit_strategy': learn.fit_strategy(Phase(1, rates, sched='flat'), cbs=hyp)
     elif fit=='fit_sgdr': learn.fit_sgdr(1, 1, rates, cbs=hyp)
     else: getattr(learn, fit)(1, rates, cbs=hyp)
-    assert np.allclose(learn.peak_lrs, want) and np.allclose(hyp.peak/hyp.peak[-1], np.array(want)/want[-1], rtol=.1) and np.allclose(learn.layer_groups.lrs, want)
+    assert np.allclose(learn.peak_lrs, want)
+    assert np.allclose(hyp.peak/hyp.peak[-1], np.array(want)/want[-1], rtol=.1) and np.allclose(learn.layer_groups.lrs, want)
 
 def test_rates_by_name_that_are_refused_change_nothing(dls):
     learn = ours(dls)
