@@ -11,6 +11,7 @@ Modules:
 
 - `fastai_discriminative.auto`: The strategy that measures before it moves: the head first, then rates for the body from a look at this model and these data
 - `fastai_discriminative.backbone`: What a model is called inside wrappers, which of its modules are norms, and where in it the pretrained backbone is
+- `fastai_discriminative.best`: The weights of the best epoch, kept while a fit goes on, and put back when it is over
 - `fastai_discriminative.builder`: A learner in layer groups for any architecture of timm, torchvision or fastai, with the arguments of `vision_learner`
 - `fastai_discriminative.checks`: The whole battery of proofs for a splitter or a family, in one line of pytest
 - `fastai_discriminative.compare`: Should new layers learn faster than pretrained ones? Ask your own data: several strategies, several seeds, one call
