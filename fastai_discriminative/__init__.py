@@ -11,6 +11,7 @@ Modules:
 
 - `fastai_discriminative.auto`: The strategy that measures before it moves: the head first, then rates for the body from a look at this model and these data
 - `fastai_discriminative.backbone`: What a model is called inside wrappers, which of its modules are norms, and where in it the pretrained backbone is
+- `fastai_discriminative.best`: The weights of the best epoch, kept while a fit goes on, and put back when it is over
 - `fastai_discriminative.builder`: A learner in layer groups for any architecture of timm, torchvision or fastai, with the arguments of `vision_learner`
 - `fastai_discriminative.checks`: The whole battery of proofs for a splitter or a family, in one line of pytest
 - `fastai_discriminative.cli`: `fastai-discriminative`: fine-tune on a folder of images, look at groups and presets, run the demo
@@ -35,6 +36,7 @@ Modules:
 - `fastai_discriminative.learner`: fastai's `Learner`, in layer groups, at the preset's learning rates, with a freeze that freezes
 - `fastai_discriminative.lr_finder`: Which rates? A range test along the preset's slope, one group at a time, or short annealed trials
 - `fastai_discriminative.moments`: What an optimiser remembers of each parameter: its layout in memory, its saved form, and the way back
+- `fastai_discriminative.names`: A group by its name wherever a group is meant, and a rate for every group from a few by name
 - `fastai_discriminative.opt_state`: The state of fastai's own optimisers, and of torch's in `OptimWrapper`, saved and loaded by the names of the parameters
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
 - `fastai_discriminative.paths`: What a layer is, which layers belong together, and how deep each is on the way from the input to the head

@@ -15,6 +15,7 @@ from .builder import *
 from .prefix import *
 from .features import *
 from .fast_math import *
+from .best import *
 from .phases import *
 from .strategies import *
 from .auto import *

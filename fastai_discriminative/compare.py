@@ -21,10 +21,11 @@ from fastprogress.fastprogress import progress_bar
 from .core import *
 from .files import *
 from .probe import *
+from .best import _lower_is_better
 from .phases import *
 from .strategies import *
 from .auto import * # with `strategies`, every strategy that has a name
-from .phases import _as_strategy,_lower_is_better,_n_epochs
+from .phases import _as_strategy,_n_epochs
 
 # %% ../nbs/11_compare.ipynb #eb409b30
 class TrainClock(Callback):

@@ -14,6 +14,7 @@ from fastai.basics import *
 from .core import *
 from .backbone import *
 from .groups import *
+from .names import *
 from .holding import *
 from .ranks import *
 
@@ -50,11 +51,11 @@ def n_frozen(
 class TrueFreeze(HoldingCallback):
     "Keep frozen groups exactly as they are; added by `Learner.split`"
     order = 5 # after `TrainEvalCallback`, which puts the whole model into train mode
-    reduced = ReducedParams()
+    reduced,asked,_seen = ReducedParams(),0,None # `asked`: how many groups a freeze froze; `_seen`: how many the optimiser had frozen when we last looked
     def __init__(self,
         train_norm:bool|str='group', # Which norm layers train: `'group'`, `'affine'`, `'running'`, `True` or `False`, see the table above
-        pinned=(), # Names of parameters that stay frozen when their group trains
-    ): self.train_norm,self.pinned,self.still,self.off,self.at,self._seen = _check_train_norm(train_norm),set(pinned),[],[],None,None
+        pinned=(), # Names of parameters that were frozen by hand: they stay frozen when their group trains
+    ): self.train_norm,self.pinned,self.still,self.off,self.at = _check_train_norm(train_norm),set(pinned),[],[],None
 
     def before_fit(self):
         self.reduced = ReducedParams()
@@ -75,8 +76,7 @@ class TrueFreeze(HoldingCallback):
         "Stop what is frozen now"
         self.release()
         if self.opt is None or not in_layer_groups(self.learn): return # inference, or split otherwise since
-        if self._seen and self._seen[0]==id(self.opt) and self._seen[1]!=self.opt.frozen_idx: self._refreeze() # after somebody's `opt.freeze_to`
-        self.at = self._note_pins()
+        self.at = self.note()
         groups,norms = self.learn.splitter.find(self.model),[]
         body,all_norms = max(self.at, groups.n_body),self.train_norm is True
         if not all_norms: norms = [(m, groups.group_of(n)) for n,m in named_mods(self.model).items() if is_norm(m)]
@@ -102,40 +102,46 @@ def release(self:TrueFreeze):
     for m in self.still: m.train(self.model.training)
     self.still,self.off = [],[]
 
+# %% ../nbs/05c_freeze.ipynb #efb06ef6
+@patch
+def _named_lists(self:TrueFreeze):
+    "Name -> parameter, of each group of the optimiser"
+    names = {id(p):n for n,p in named_params(self.model).items()}
+    return [{names[id(p)]:p for p in ps if id(p) in names} for ps in self.opt.param_lists]
+
+@patch
+def _refreeze(self:TrueFreeze, lists):
+    "Freeze what is pinned, after a freeze that may have thawed it"
+    for ps in lists:
+        for n,p in ps.items():
+            if n in self.pinned: p.requires_grad_(False)
+
+@patch
+def note(self:TrueFreeze)->int: # Number of leading groups that are frozen
+    "Note what was frozen or thawed since the last look, by hand or past the learner"
+    opt,lists,off = self.opt,self._named_lists(),{id(p) for p in self.off}
+    if opt.frozen_idx!=self._seen:
+        self.asked = max(opt.frozen_idx, min(self.asked, n_frozen(opt)))
+        self._refreeze(lists)
+    for i,ps in enumerate(lists):
+        for n,p in ps.items():
+            if p.requires_grad: self.pinned.discard(n)
+            elif i>=self.asked and id(p) not in off: self.pinned.add(n)
+    self._seen = opt.frozen_idx = next((i for i,ps in enumerate(lists) if i>=self.asked and not (ps and self.pinned.issuperset(ps))), len(lists))
+    return self._seen
+
 # %% ../nbs/05c_freeze.ipynb #8df3d755
 @patch
 def freeze_to(self:TrueFreeze,
-    n:int, # Groups before this one are frozen; negative counts from the end
+    n:int|str, # Groups before this one are frozen: its number, negative from the end, or a name, as in `find_groups`
 ):
-    "Freeze the groups before `n`, and leave pinned parameters frozen; raises `OptimizerStateError` if there is no such group"
-    n_gs = len(list(self.opt.param_lists))
-    if not -n_gs<=n<=n_gs: raise OptimizerStateError(f"`freeze_to({n})`, but there are {n_gs} groups: use a number from {-n_gs} to {n_gs-1}.")
+    "Freeze the groups before `n`, and leave frozen what was frozen by hand; raises `OptimizerStateError` if there is no such group"
+    n = group_number(self.learn.splitter.find(self.model), n, f'`freeze_to({n!r})`', OptimizerStateError)
     self.release()
-    self._note_pins()
+    self.note()
     self.opt.freeze_to(n)
-    self._refreeze()
-    self._seen = id(self.opt),self.opt.frozen_idx
-
-# %% ../nbs/05c_freeze.ipynb #efb06ef6
-@patch
-def _training(self:TrueFreeze):
-    "Name -> parameter, of the groups that train"
-    names = {id(p):n for n,p in named_params(self.model).items()}
-    return {names[id(p)]:p for ps in list(self.opt.param_lists)[self.opt.frozen_idx:] for p in ps if id(p) in names}
-
-@patch
-def _note_pins(self:TrueFreeze):
-    "Note which parameters do not train although their group does; the number of frozen groups"
-    self.opt.frozen_idx = n_frozen(self.opt)
-    self._seen = id(self.opt),self.opt.frozen_idx
-    for n,p in self._training().items(): (self.pinned.discard if p.requires_grad else self.pinned.add)(n)
-    return self.opt.frozen_idx
-
-@patch
-def _refreeze(self:TrueFreeze):
-    "Freeze what is pinned, after a freeze that thawed its group"
-    for n,p in self._training().items():
-        if n in self.pinned: p.requires_grad_(False)
+    self.asked,self._seen = self.opt.frozen_idx,None
+    self.note()
 
 # %% ../nbs/05c_freeze.ipynb #3d53b1d9
 _train_norms = ('group', 'affine', 'running', True, False)

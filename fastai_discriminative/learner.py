@@ -27,6 +27,7 @@ from .registry import *
 from .backbone import *
 from .layers import *
 from .groups import *
+from .names import *
 from .presets import *
 from .optimizer import *
 from .opt_state import *
@@ -52,14 +53,19 @@ def _check_lr(lr, groups):
 
 # %% ../nbs/06_learner.ipynb #5fbcf7f1
 def _frozen_names(learn):
-    "Names of the parameters in frozen groups, and of those that do not train although their group does"
-    ps = named_params(learn.model)
-    cold = {id(p) for o in list(learn.opt.param_lists)[:learn.opt.frozen_idx] for p in o} if learn.opt is not None else ()
-    return {n for n,p in ps.items() if id(p) in cold},{n for n,p in ps.items() if not (p.requires_grad or id(p) in cold)}
+    "Names of the parameters that a freeze froze, and of those that were frozen by hand"
+    ps,opt,tf = named_params(learn.model),learn.opt,getattr(learn, 'true_freeze', None)
+    if tf and opt is not None: tf.note()
+    ids = {id(p) for o in list(opt.param_lists)[:opt.frozen_idx] for p in o} if opt is not None else ()
+    if tf and opt is None: cold = {n for g in (learn.splitter.groups or [])[:tf.asked] for n in g.param_names} # loaded from an export
+    else: cold = {n for n,p in ps.items() if id(p) in ids}
+    if tf: cold -= tf.pinned
+    return cold,{n for n,p in ps.items() if not p.requires_grad}-cold
 
-def _n_frozen(groups, frozen):
-    "Number of leading `groups` all of whose parameters are in `frozen`"
-    return next((i for i,g in enumerate(groups) if not frozen.issuperset(g.param_names)), len(groups))
+def _n_frozen(groups, cold, by_hand):
+    "Number of leading `groups` that were frozen, to the last one that a freeze froze"
+    k = next((i for i,g in enumerate(groups) if not (cold|by_hand).issuperset(g.param_names)), len(groups))
+    return max((i+1 for i,g in enumerate(groups[:k]) if not cold.isdisjoint(g.param_names)), default=0)
 
 # %% ../nbs/06_learner.ipynb #3e1ae1a4
 def _check_units(preset, opt_func):
@@ -136,10 +142,9 @@ def split(self:Learner,
         raise SplitterError("`opt_func` is an optimiser that was built already, so its groups are fixed. Use a function, such as `partial(OptimWrapper, opt=torch.optim.AdamW)`.")
     spl = Splitter(arch, n_groups, new=new)
     groups = spl.find(self.model, partial(one_input, self))
-    preset,(cold,still) = _as_preset(preset, self, arch, opt_func),_frozen_names(self)
-    k = _n_frozen(groups, cold|still)
-    cb = TrueFreeze(train_norm, still-{n for g in groups[:k] for n in g.param_names})
-    _new_opt(self, k, still, opt_func=opt_func, splitter=spl, train_bn=train_norm is True)
+    preset,(cold,by_hand) = _as_preset(preset, self, arch, opt_func),_frozen_names(self)
+    cb = TrueFreeze(train_norm, by_hand)
+    _new_opt(self, _n_frozen(groups, cold, by_hand), by_hand, opt_func=opt_func, splitter=spl, train_bn=train_norm is True)
     self.preset,self.peak_lrs = preset,None
     _light_recorder(self)
     return self.remove_cbs(TrueFreeze).add_cb(cb)
@@ -197,15 +202,11 @@ class _OptState:
     def __init__(self, learn):
         self.opt,self.params,self.saved = learn.opt,named_params(learn.model),None
         self.names,self.tf = opt_names(self.opt, self.params),next((cb for cb in learn.cbs if isinstance(cb, TrueFreeze)), None)
-
-    def frozen(self):
-        "Number of frozen groups, and names of other parameters that do not train"
-        n,held = (self.opt.frozen_idx if self.tf.off else n_frozen(self.opt)),{id(p) for p in self.tf.off} # norms that train again after the fit
-        return n,[k for ks in self.names[n:] for k in ks if not (self.params[k].requires_grad or id(self.params[k]) in held)]
+        if self.tf: self.tf.note()
 
     def state_dict(self):
         sd = named_state(self.opt, self.names)
-        return dict(sd, **dict(zip(('frozen','pinned'), self.frozen()))) if self.names and self.tf else sd
+        return dict(sd, frozen=self.tf.asked, pinned=sorted(self.tf.pinned)) if self.names and self.tf else sd
 
     def load_state_dict(self, sd):
         try: self.saved = _saved_freeze(sd)
@@ -216,24 +217,23 @@ class _OptState:
 
 # %% ../nbs/06_learner.ipynb #59187281
 def _saved_freeze(sd):
-    "Names in frozen groups, and of other parameters that did not train, in the saved state `sd`; `None` if it does not say"
+    "Names of what a freeze froze, and of what was frozen by hand, in the saved state `sd`; `None` if it does not say"
     if not isinstance(sd, dict) or 'frozen' not in sd: return
     n,pinned,names = sd['frozen'],sd.get('pinned'),sd.get('names')
     try:
-        if isinstance(n, int) and 0<=n<=len(names) and {*pinned}<={k for ks in names for k in ks}: return {k for ks in names[:n] for k in ks},{*pinned}
+        if isinstance(n, int) and 0<=n<=len(names) and {*pinned}<={k for ks in names for k in ks}: return {k for ks in names[:n] for k in ks}-{*pinned},{*pinned}
     except TypeError: pass
     raise OptimizerStateError("The saved optimiser state is damaged: what it says is frozen is not in it. Load the weights alone with `learn.load(file, with_opt=False)`.")
 
-def _freeze_as_saved(learn, cold, still):
-    "Freeze the groups of `learn` that were frozen as a whole, and the parameters `still`"
+def _freeze_as_saved(learn, cold, by_hand):
+    "Freeze the groups of `learn` that were frozen as a whole, and by hand the parameters `by_hand`"
     groups,now = learn.splitter.find(learn.model),_OptState(learn)
     if not (now.names and now.tf): return
-    k = _n_frozen(groups, cold|still)
+    k = _n_frozen(groups, cold, by_hand)
     whole = {n for g in groups[:k] for n in g.param_names}
     if cold-whole: warnings.warn(f"{list_some(sorted(cold-whole))} were frozen when the file was saved, but not all of group {groups[k].name!r}. "
         f"Groups are frozen as a whole, so it trains. `learn.freeze_to({k+1})` freezes it.")
-    n,pinned = now.frozen()
-    if (n,{*pinned})!=(k,still-whole): freeze_as(learn, k, still-whole)
+    if (now.tf.asked,now.tf.pinned)!=(k,by_hand): freeze_as(learn, k, by_hand)
 
 # %% ../nbs/06_learner.ipynb #17ea4924
 def _load(learn, file, *args, **kwargs):
@@ -296,6 +296,7 @@ def _resolve_lr(learn, lr, cbs=None, n_epoch=None):
         lr = getattr(lr, 'lrs', lr) # of rates that were found
         if isinstance(lr, (np.ndarray,np.number,Tensor)): lr = lr.tolist()
         groups = learn.splitter.find(learn.model)
+        if isinstance(lr, dict): lr = rates_by_name(groups, lr)
         _check_lr(lr, groups)
         if isinstance(lr, slice) and groups.n_body<len(groups)-1: lr = _slice_lrs(lr, groups)
     if in_layer_groups(learn): learn.peak_lrs = learn.lr if lr is None else lr
@@ -368,13 +369,19 @@ class LearnerGroups(LayerGroups):
         lrs, # Rate of each, in the units of its optimiser
         wds, # Weight decay of each
         frozen, # Is it frozen? For each
+        pinned=(), # Names of the parameters that were frozen by hand
     ):
         super().__init__(groups.groups, groups.rule, groups.family, groups.arch, groups.no_wd, groups.map)
-        self.lrs,self.wds,self.frozen = list(lrs),list(wds),list(frozen)
+        self.lrs,self.wds,self.frozen,self.pinned = list(lrs),list(wds),list(frozen),frozenset(pinned)
+
+    def _frozen_word(self, i):
+        "What the table says of group `i`: frozen by a freeze, frozen by hand, or how many of its parameters are"
+        n,k = len(self[i].param_names),len(self.pinned.intersection(self[i].param_names))
+        return 'by hand' if k==n>0 else 'yes' if self.frozen[i] else f'{k} of {n} by hand' if k else ''
 
     def _table(self):
         cols,rows = super()._table()
-        extra = [[f'{lr:.2g}', f'{wd:g}', 'yes' if f else ''] for lr,wd,f in zip(self.lrs, self.wds, self.frozen)]
+        extra = [[f'{lr:.2g}', f'{wd:g}', self._frozen_word(i)] for i,(lr,wd) in enumerate(zip(self.lrs, self.wds))]
         return (*cols,'lr','wd','frozen'),[a+b for a,b in zip(rows, extra)]
 
 # %% ../nbs/06_learner.ipynb #ea1e17c5
@@ -408,6 +415,7 @@ def _shown_lrs(learn, n):
 def layer_groups(self:Learner)->LearnerGroups: # Sequence of groups; a table in a notebook
     "The learner's parameter groups: layers, parameters, share, learning rate, weight decay, frozen or not"
     if self.opt is None: self.create_opt()
-    groups = groups_of(self)
+    groups,tf = groups_of(self),getattr(self, 'true_freeze', None)
+    if tf: tf.note()
     wd = [h.get('wd', 0.) if self.wd is None else self.wd for h in self.opt.hypers]
-    return LearnerGroups(groups, _shown_lrs(self, len(groups)), wd, [i<n_frozen(self.opt) for i in range(len(groups))])
+    return LearnerGroups(groups, _shown_lrs(self, len(groups)), wd, [i<n_frozen(self.opt) for i in range(len(groups))], tf.pinned if tf else ())

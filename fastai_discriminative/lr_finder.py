@@ -20,6 +20,7 @@ from copy import copy,deepcopy # after fastai, which has a `copy` of its own
 
 from .core import *
 from .groups import *
+from .names import *
 from .presets import *
 from .probe import *
 from .learner import *
@@ -174,7 +175,7 @@ def lr_find_groups(self:Learner,
     method:str='trials', # `'trials'`, `'joint'` or `'groups'`
     n_epoch:int=5, # Epochs of the fit to come: what `'trials'` finds depends on its length
     ratio:float|None=None, # For `'joint'`: first layer's rate over that of the end of the body; the preset's slope if `None`, 1 for one rate everywhere
-    start_lr=1e-7, # Rate of the head at the first step of a range test; or one a group
+    start_lr=1e-7, # Rate of the head at the first step of a range test; or one a group, or some by name
     end_lr=10, # The same at the last step
     num_it:int|None=None, # Steps of a range test; 100 for `'joint'`, 40 for `'groups'` if `None`
     stop_div:bool=True, # Stop a range test when its loss is four times the lowest?
@@ -187,5 +188,6 @@ def lr_find_groups(self:Learner,
     if self.preset is None and (method=='trials' or ratio is None): raise PresetError("No preset is known for this learner, so there is no slope to go along. Give `method='joint', ratio=.1`.")
     if self.opt is None: self.create_opt()
     groups,case = self.layer_groups,fit_case(self, n_epoch=n_epoch)
+    start_lr,end_lr = (rates_by_name(groups, o) if isinstance(o, dict) else o for o in (start_lr, end_lr))
     res = _methods[method](self, case, groups, _relative(self, ratio, groups, case), start_lr, end_lr, num_it or (40 if method=='groups' else 100), stop_div, suggest)
     return FoundRates([0. if f else lr for lr,f in zip(res[0], groups.frozen)], groups.names, groups.frozen, groups.n_body, method, *res[1:])

@@ -19,6 +19,7 @@ from .core import *
 from .backbone import *
 from .probe import *
 from .ranks import *
+from .best import *
 from .phases import *
 
 # %% ../nbs/07c_points.ipynb #bc60fd3f

@@ -210,8 +210,10 @@ def _model_state(model):
 def _learner_state(learn):
     "All that a fit of `learn` needs to go on with its next epoch"
     pack,loaders = partial(_pack, memo={}),[o.getstate() if isinstance(o, random.Random) else o.get_state() for o in _loader_dice(learn.dls)]
+    tf = learn.true_freeze
+    tf.note()
     res = _model_state(unwrap_model(learn.model))
-    res.update(opt=pack(learn.opt.state_dict()), frozen=learn.opt.frozen_idx, pinned=sorted(learn.true_freeze.pinned))
+    res.update(opt=pack(learn.opt.state_dict()), frozen=tf.asked, pinned=sorted(tf.pinned))
     res['learner'] = _each({k:vars(learn)[k] for k in _of_learner if k in vars(learn)}, pack)
     res['cbs'] = {k:_cb_state(cb, pack) for k,cb in _named_cbs(learn.cbs).items()}
     return {**res, 'dice':_all_ranks(pack(dict(all=random_state(), loaders=loaders)))}
@@ -222,7 +224,7 @@ def freeze_as(
     frozen:int, # Number of leading groups that are frozen
     pinned, # Names of other parameters that do not train
 ):
-    "Freeze the first groups of `learn` and the parameters `pinned`, and thaw all others"
+    "Freeze the first groups of `learn` and by hand the parameters `pinned`, and thaw all others"
     tf = learn.true_freeze
     tf.release()
     tf.pinned = set(pinned)
@@ -368,7 +370,7 @@ def run_fit(
     if call.pop('start_epoch', 0): raise ResumeError("`resume` knows with which epoch to go on. Leave out `start_epoch`.")
     file = resume if isinstance(resume, FitFile) else FitFile(resume)
     if learn.opt is None: learn.create_opt()
-    file.open(learn, call if file is resume else {**call, 'frozen groups':learn.opt.frozen_idx})
+    file.open(learn, call if file is resume else {**call, 'frozen groups':learn.true_freeze.note()})
     if file.is_complete:
         warnings.warn(f"'{file.path}' holds this fit, complete after {file.state['epoch']} epochs: nothing is trained, and the learner is as that fit left it. To train anew, name another file.")
         return file.put(learn, [*learn.cbs, *cbs])
