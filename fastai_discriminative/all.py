@@ -10,13 +10,16 @@ from .families import *
 from .optimizer import *
 from .freeze import *
 from .learner import *
+from .group_table import *
 from .builder import *
 from .prefix import *
 from .features import *
 from .fast_math import *
 from .phases import *
+from .rates import *
 from .strategies import *
 from .auto import *
 from .lr_finder import *
+from .recorder import *
 from .report import *
 from .compare import *

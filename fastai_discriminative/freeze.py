@@ -71,6 +71,15 @@ class TrueFreeze(HoldingCallback):
         self.reduced = ReducedParams()
         self.release()
 
+    def norm_bounds(self,
+        groups, # The learner's `LayerGroups`
+        at:int, # Number of frozen groups
+    )->tuple: # Two indices of groups, 0 where all do
+        "The first group whose norm layers may train, and the first whose running statistics move"
+        if self.train_norm is True: return 0,0
+        body = max(at, groups.n_body)
+        return body if self.train_norm is False else at,dict(group=at, running=len(groups)).get(self.train_norm, body)
+
     def hold(self):
         "Stop what is frozen now"
         self.release()
@@ -78,12 +87,10 @@ class TrueFreeze(HoldingCallback):
         if self._seen and self._seen[0]==id(self.opt) and self._seen[1]!=self.opt.frozen_idx: self._refreeze() # after somebody's `opt.freeze_to`
         self.at = self._note_pins()
         groups,norms = self.learn.splitter.find(self.model),[]
-        body,all_norms = max(self.at, groups.n_body),self.train_norm is True
-        if not all_norms: norms = [(m, groups.group_of(n)) for n,m in named_mods(self.model).items() if is_norm(m)]
-        asleep = _asleep(self.model, {n for n,i in groups.where.items() if i<self.at}) if self.at and not all_norms else []
-        keep = dict(group=self.at, running=len(groups)).get(self.train_norm, body)
+        off,keep = self.norm_bounds(groups, self.at)
+        if keep: norms = [(m, groups.group_of(n)) for n,m in named_mods(self.model).items() if is_norm(m)]
+        asleep = _asleep(self.model, {n for n,i in groups.where.items() if i<self.at}) if self.at and self.train_norm is not True else []
         self.still = asleep + [m for m,i in norms if i<keep]
-        off = body if self.train_norm is False else self.at
         self.off = [p for m,i in norms if i<off for p in m.parameters() if p.requires_grad]
         for p in self.off: p.requires_grad_(False)
         for m in self.still: m.eval()
