@@ -116,7 +116,8 @@ def plot(self:FoundRates,
     "The curves over the rate, and what was found: for each group a point on its curve, or a line for the head's rate"
     names,one = list(self.curves),self.method!='groups'
     xs,ys = zip(*self.curves.values())
-    ax = group_lines(xs, ys, names, sum(n in self.names[:self.n_body] for n in names) or one, ax, figsize, yscale='linear')
+    shown = None if self.method=='trials' else (.95*min(map(min, ys)), 1.4*max(y[0] for y in ys)) # a loss that diverges leaves the picture
+    ax = group_lines(xs, ys, names, sum(n in self.names[:self.n_body] for n in names) or one, ax, figsize, ylim=shown, yscale='linear')
     found = dict(zip(self.names, self.lrs))
     for x,y,n,line in zip(xs, ys, names, list(ax.lines)):
         if self.method=='trials': line.set_marker('o')

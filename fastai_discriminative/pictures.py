@@ -23,7 +23,7 @@ def group_colors(
     return [*map(tuple, plt.cm.viridis(np.linspace(0, .82, n_body))), *[to_rgba('#D55E00')]*(n-n_body)]
 
 # %% ../nbs/00b_pictures.ipynb #da701b6b
-_most = 9 # names beside lines
+_most = 12 # names beside lines
 
 def _named(n, n_body):
     "Indices of the groups whose names are written"

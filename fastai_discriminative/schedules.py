@@ -42,7 +42,7 @@ class _SmoothLoss(AvgSmoothLoss):
             if loss.ndim: loss = loss.mean()
             self.val = torch.lerp(loss if loss.is_cpu else loss.cpu(), self.val, self.beta)
 
-# %% ../nbs/05d_schedules.ipynb #6534e2bd
+# %% ../nbs/05d_schedules.ipynb #7369c5bd
 class GroupHypers:
     "Every hyper-parameter of every group at each step of a fit"
     def __init__(self,
@@ -73,7 +73,7 @@ class GroupHypers:
                 last[k] = row
         self.n += 1
 
-# %% ../nbs/05d_schedules.ipynb #391f8b69
+# %% ../nbs/05d_schedules.ipynb #921228e3
 @patch
 def _table(self:GroupHypers, k):
     "Steps x columns of what was noted under `k`"
@@ -102,11 +102,11 @@ def at(self:GroupHypers,
     def _row(starts, rows): return list(rows[(i:=n*(bisect(starts, step)-1)):i+n])
     return {k:_row(*self._log[k]) for k in self.keys()}
 
-# %% ../nbs/05d_schedules.ipynb #4234f7fb
+# %% ../nbs/05d_schedules.ipynb #e19de742
 @patch
 def state_dict(self:GroupHypers)->dict: # Names, numbers and tensors
     "All that was noted"
-    return dict(names=self.names, n=self.n, log={k:(list(s), torch.tensor(r, dtype=torch.float64)) for k,(s,r) in self._log.items()})
+    return dict(names=self.names, n=self.n, log={k:tuple(torch.from_numpy(np.array(o)) for o in v) for k,v in self._log.items()})
 
 @patch
 def load_state_dict(self:GroupHypers,
@@ -114,7 +114,7 @@ def load_state_dict(self:GroupHypers,
 ):
     "Go on from `sd`"
     self.names,self.n,self._last = list(sd['names']),sd['n'],{}
-    self._log = {k:(list(s), array('d', r.tolist())) for k,(s,r) in sd['log'].items()}
+    self._log = {k:(s.tolist(), array('d', r.numpy().tobytes())) for k,(s,r) in sd['log'].items()}
 
 # %% ../nbs/05d_schedules.ipynb #f2c565f5
 class _ParamScheduler(ParamScheduler):
