@@ -71,15 +71,6 @@ class TrueFreeze(HoldingCallback):
         self.reduced = ReducedParams()
         self.release()
 
-    def norm_bounds(self,
-        groups, # The learner's `LayerGroups`
-        at:int, # Number of frozen groups
-    )->tuple: # Two indices of groups, 0 where all do
-        "The first group whose norm layers may train, and the first whose running statistics move"
-        if self.train_norm is True: return 0,0
-        body = max(at, groups.n_body)
-        return body if self.train_norm is False else at,dict(group=at, running=len(groups)).get(self.train_norm, body)
-
     def hold(self):
         "Stop what is frozen now"
         self.release()
@@ -97,6 +88,17 @@ class TrueFreeze(HoldingCallback):
         for p in self.model.parameters():
             if not p.requires_grad: p.grad = None
         self.reduced.follow()
+
+# %% ../nbs/05c_freeze.ipynb #0a7fde04
+@patch
+def norm_bounds(self:TrueFreeze,
+    groups, # The learner's `LayerGroups`
+    at:int, # Number of frozen groups
+)->tuple: # Two indices of groups, 0 where all do
+    "The first group whose norm layers may train, and the first whose running statistics move"
+    if self.train_norm is True: return 0,0
+    body = max(at, groups.n_body)
+    return body if self.train_norm is False else at,dict(group=at, running=len(groups)).get(self.train_norm, body)
 
 # %% ../nbs/05c_freeze.ipynb #94d0179b
 @patch
@@ -124,24 +126,23 @@ def freeze_to(self:TrueFreeze,
     self._seen = id(self.opt),self.opt.frozen_idx
 
 # %% ../nbs/05c_freeze.ipynb #efb06ef6
-@patch
-def _training(self:TrueFreeze):
-    "Name -> parameter, of the groups that train"
-    names = {id(p):n for n,p in named_params(self.model).items()}
-    return {names[id(p)]:p for ps in list(self.opt.param_lists)[self.opt.frozen_idx:] for p in ps if id(p) in names}
+def _training(learn):
+    "Name -> parameter, of the groups of `learn` that train"
+    names = {id(p):n for n,p in named_params(learn.model).items()}
+    return {names[id(p)]:p for ps in list(learn.opt.param_lists)[learn.opt.frozen_idx:] for p in ps if id(p) in names}
 
 @patch
 def _note_pins(self:TrueFreeze):
     "Note which parameters do not train although their group does; the number of frozen groups"
     self.opt.frozen_idx = n_frozen(self.opt)
     self._seen = id(self.opt),self.opt.frozen_idx
-    for n,p in self._training().items(): (self.pinned.discard if p.requires_grad else self.pinned.add)(n)
+    for n,p in _training(self.learn).items(): (self.pinned.discard if p.requires_grad else self.pinned.add)(n)
     return self.opt.frozen_idx
 
 @patch
 def _refreeze(self:TrueFreeze):
     "Freeze what is pinned, after a freeze that thawed its group"
-    for n,p in self._training().items():
+    for n,p in _training(self.learn).items():
         if n in self.pinned: p.requires_grad_(False)
 
 # %% ../nbs/05c_freeze.ipynb #3d53b1d9

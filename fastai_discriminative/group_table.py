@@ -106,8 +106,10 @@ class LearnerGroups(LayerGroups):
 def _known(learn, groups):
     "What is known about each of `groups`, as columns"
     tot,hypers = sum(g.n_params for g in groups) or 1,learn.opt.hypers
-    yield from dict(group=groups.names, layers=[len(g.layers) for g in groups], tensors=[len(g.param_names) for g in groups]).items()
-    yield from dict(parameters=[g.n_params for g in groups], share=[g.n_params/tot for g in groups], depth=groups.depths, new=[g.is_new for g in groups]).items()
+    for k,f in dict(group='name', layers='layers', tensors='param_names', parameters='n_params', depth='depth', new='is_new').items():
+        vs = [getattr(g, f) for g in groups]
+        yield k,list(map(len, vs)) if k in ('layers','tensors') else vs
+    yield 'share',[g.n_params/tot for g in groups]
     yield 'lr',_shown_lrs(learn, len(groups))
     if getattr(learn, 'peak_lrs', None) is not None: yield 'lr_now',[h.get('lr', math.nan) for h in hypers]
     yield 'wd',[h.get('wd', 0.) if learn.wd is None else learn.wd for h in hypers]
@@ -118,6 +120,8 @@ def _known(learn, groups):
     mean = sizes.groupby('group', sort=False)[['gradient','update']].mean()
     yield from mean.items()
 
+
+# %% ../nbs/06d_group_table.ipynb #1802b6d7
 @patch(as_prop=True)
 def layer_groups(self:Learner)->LearnerGroups: # Sequence of groups; a table in a notebook, and numbers in its `df`
     "The learner's parameter groups: layers, parameters, rates, weight decay, what is frozen, what norm layers do, and sizes of gradients and updates once they were measured"

@@ -73,6 +73,11 @@ class DistortionMeter(Callback):
         "Forget what was recorded; the next fit sets the reference anew"
         self.rows,self._ref = [],None
 
+    @property
+    def results(self)->pd.DataFrame: # Columns `epoch`, `group`, `moved`, `cka`, `gradients`
+        "One row for each epoch and group"
+        return pd.DataFrame(self.rows, columns=['epoch','group','moved','cka','gradients'])
+
     def _outputs(self): return _group_outputs(self.learn.model, self.groups, self._xb)
 
     def before_fit(self):
@@ -109,12 +114,6 @@ def after_epoch(self:DistortionMeter):
     for g,a,b in zip(self.groups, self._ref[1], self._outputs()):
         same = float('nan') if a is None or b is None else _cka(a, b)
         self.rows.append(dict(epoch=self._n_before+self.epoch+1, group=g.name, moved=self._moved(g, now), cka=same, gradients=ratio))
-
-# %% ../nbs/10_report.ipynb #aacc76cb
-@patch(as_prop=True)
-def results(self:DistortionMeter)->pd.DataFrame: # Columns `epoch`, `group`, `moved`, `cka`, `gradients`
-    "One row for each epoch and group"
-    return pd.DataFrame(self.rows, columns=['epoch','group','moved','cka','gradients'])
 
 # %% ../nbs/10_report.ipynb #543db5ac
 _drifts = dict(moved=dict(label='moved (share of its norm)', cmap='viridis', norm=LogNorm(1e-5, 1)), cka=dict(label='CKA with the start', cmap='cividis', vmin=0, vmax=1))

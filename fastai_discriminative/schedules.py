@@ -42,7 +42,7 @@ class _SmoothLoss(AvgSmoothLoss):
             if loss.ndim: loss = loss.mean()
             self.val = torch.lerp(loss if loss.is_cpu else loss.cpu(), self.val, self.beta)
 
-# %% ../nbs/05d_schedules.ipynb #7369c5bd
+# %% ../nbs/05d_schedules.ipynb #221e5c2b
 class GroupHypers:
     "Every hyper-parameter of every group at each step of a fit"
     def __init__(self,
@@ -56,7 +56,7 @@ class GroupHypers:
     def __len__(self): return self.n
     def __repr__(self): return f"GroupHypers({', '.join(self.keys())} of {len(self.names)} groups at {self.n} steps)"
 
-    def keys(self)->list:
+    def keys(self)->list: # Of text
         "Names of the hyper-parameters"
         return [k for k in self._log if k!='frozen']
 
@@ -73,13 +73,12 @@ class GroupHypers:
                 last[k] = row
         self.n += 1
 
-# %% ../nbs/05d_schedules.ipynb #921228e3
-@patch
-def _table(self:GroupHypers, k):
-    "Steps x columns of what was noted under `k`"
-    starts,rows = self._log[k]
-    return np.repeat(np.reshape(rows, (len(starts), -1)), np.diff([*starts, self.n]), axis=0)
+    def _table(self, k):
+        "Steps x columns of what was noted under `k`"
+        starts,rows = self._log[k]
+        return np.repeat(np.reshape(rows, (len(starts), -1)), np.diff([*starts, self.n]), axis=0)
 
+# %% ../nbs/05d_schedules.ipynb #949b3819
 @patch
 def __getitem__(self:GroupHypers,
     key:str, # Name of a hyper-parameter
@@ -93,6 +92,8 @@ def frozen(self:GroupHypers)->pd.DataFrame: # As for a hyper-parameter, of `bool
     "Was the group frozen?"
     return pd.DataFrame(self._table('frozen')>np.arange(len(self.names)), columns=self.names)
 
+
+# %% ../nbs/05d_schedules.ipynb #5f04eeee
 @patch
 def at(self:GroupHypers,
     step:int, # Number of the step, from 0
@@ -102,7 +103,7 @@ def at(self:GroupHypers,
     def _row(starts, rows): return list(rows[(i:=n*(bisect(starts, step)-1)):i+n])
     return {k:_row(*self._log[k]) for k in self.keys()}
 
-# %% ../nbs/05d_schedules.ipynb #e19de742
+# %% ../nbs/05d_schedules.ipynb #53237682
 @patch
 def state_dict(self:GroupHypers)->dict: # Names, numbers and tensors
     "All that was noted"

@@ -1,10 +1,10 @@
 "The table of groups: each column by hand, and norm layers as they behave in a fit"
-import time,warnings
+import time
 
 import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 
-from fastai.vision.all import Callback,set_seed
+from fastai.vision.all import Callback
 from fastai_discriminative.all import *
 from helpers import norm_modules,ours,plain,stock
 
@@ -61,7 +61,9 @@ def test_norm_layers_do_what_the_table_says(dls, arch, train_norm, frozen):
     mods = [(groups.group_of(n), m, _kept(m), [p.detach().clone() for p in m.parameters()]) for n,m in norm_modules(learn).items()]
     learn.fit(1, 1e-2)
     res = np.zeros((len(groups),4), int)
-    for i,m,bufs,ps in mods: res[i] += (1, any(not torch.equal(a, b) for a,b in zip(ps, m.parameters())), bool(bufs), any(not torch.equal(o, dict(m.named_buffers())[n]) for n,o in bufs))
+    for i,m,bufs,ps in mods:
+        trained,moved = (any(not torch.equal(a, b) for a,b in o) for o in (zip(ps, m.parameters()), [(o, dict(m.named_buffers())[n]) for n,o in bufs]))
+        res[i] += (1, trained, bool(bufs), moved)
     assert df[['norms','norms_train','norms_stats','norms_move']].values.tolist()==res.tolist()
     pd.testing.assert_frame_equal(learn.layer_groups.df[['norms_train','norms_move']], df[['norms_train','norms_move']])
 
@@ -80,12 +82,13 @@ def test_a_stock_learner_has_the_table_too(dls):
     learn = stock(dls)
     learn.freeze()
     df = learn.layer_groups.df
-    assert df.frozen.tolist()==[True,False] and df.norms_train.tolist()==df.norms.tolist()==df.norms_move.tolist() # norm layers train in a body that fastai froze
+    assert df.frozen.tolist()==[True,False] and df.norms_train.tolist()==df.norms.tolist()==df.norms_move.tolist() # as fastai's freeze leaves them
     learn.fit(1, cbs=StepMeter(1))
     assert learn.layer_groups.df['update'].iloc[-1]>0
 
 def test_many_groups_in_no_time(dls):
-    learn = plain(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 8), *[nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(138)], nn.Linear(8, 3))).split('block')
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(138)]
+    learn = plain(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 8), *blocks, nn.Linear(8, 3))).split('block')
     learn.fit(1, 1e-3, cbs=StepMeter(1))
     start = time.time()
     text = repr(learn.layer_groups)

@@ -1,10 +1,10 @@
 "Pictures of rates: a plan is what the fit then does, and nothing changes by drawing it"
-import numpy as np,pytest,torch
+import numpy as np,pytest
 import matplotlib.pyplot as plt
 
 from fastai_discriminative.all import *
 from fastai_discriminative import pictures
-from helpers import SGD,bright_dls,ours,plain,own_net,pre_ours,snapshot,stock,unchanged
+from helpers import bright_dls,ours,pre_ours,snapshot,stock,unchanged
 
 @pytest.fixture(autouse=True)
 def closed():
@@ -79,7 +79,6 @@ def test_mistakes(dls):
     with pytest.raises(ReportError, match='No fit was recorded'): learn.plot_rates()
     with pytest.raises(ReportError, match='how many epochs'): learn.plot_rates('preset')
     with pytest.raises(StrategyError, match="Did you mean 'lp_ft'"): learn.plot_rates('lpft', 3)
-    was = snapshot(learn) if learn.opt else None
     for bad in (slice(1e-2,1e-4), [1e-3,1e-3], -1.):
         with pytest.raises(PresetError): learn.plot_rates(bad, 3)
     assert 'fit' not in vars(learn)

@@ -93,9 +93,13 @@ class Norms(Callback):
     "Norms of each group's gradients, weights and updates at each step, by hand"
     order = 98
     def before_fit(self): self.rows = []
-    def _all(self, f): return [torch.cat([f(p).detach().flatten() for p in ps if p.grad is not None]) if any(p.grad is not None for p in ps) else torch.full((1,), torch.nan) for ps in self.opt.param_lists]
+    def _all(self, f):
+        some = [[f(p).detach().flatten() for p in ps if p.grad is not None] for ps in self.opt.param_lists]
+        return [torch.cat(ts) if ts else torch.full((1,), torch.nan) for ts in some]
     def before_step(self): self.old,self.grad = self._all(lambda p: p.clone()),self._all(lambda p: p.grad.clone())
-    def after_step(self): self.rows.append([(g.norm().item(), ((n-o).norm()/o.norm()).item(), o.norm().item()) for g,n,o in zip(self.grad, self._all(lambda p: p), self.old)])
+    def after_step(self):
+        now = self._all(lambda p: p)
+        self.rows.append([(g.norm().item(), ((n-o).norm()/o.norm()).item(), o.norm().item()) for g,n,o in zip(self.grad, now, self.old)])
 
 @pytest.mark.parametrize('every', [1,3])
 @pytest.mark.parametrize('opt', ['adam','fused_sgd'])
@@ -206,8 +210,7 @@ def test_tensorboard(dls, tmp_path):
     ev.Reload()
     def _read(tag): return [(o.step,o.value) for o in ev.Scalars(tag)]
     hps,tags = learn.recorder.group_hps,ev.Tags()['scalars']
-    for g in hps.names:
-        np.testing.assert_allclose(_read(f'lr/{g}'), [(i+1,v) for i,v in enumerate(hps['lr'][g]) if i%2==0], rtol=1e-6)
+    for g in hps.names: np.testing.assert_allclose(_read(f'lr/{g}'), [(i+1,v) for i,v in enumerate(hps['lr'][g]) if i%2==0], rtol=1e-6)
     assert _read('wd/head')==[(1,pytest.approx(hps['wd']['head'][0]))] # a constant is written once
     head = meter.results[meter.results.group=='head']
     np.testing.assert_allclose(_read('update/head'), list(zip(head.step+1, head['update'])), rtol=1e-6)
