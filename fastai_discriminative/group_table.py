@@ -120,7 +120,6 @@ def _known(learn, groups):
     mean = sizes.groupby('group', sort=False)[['gradient','update']].mean()
     yield from mean.items()
 
-
 # %% ../nbs/06d_group_table.ipynb #1802b6d7
 @patch(as_prop=True)
 def layer_groups(self:Learner)->LearnerGroups: # Sequence of groups; a table in a notebook, and numbers in its `df`

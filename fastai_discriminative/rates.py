@@ -74,7 +74,6 @@ def _is_strategy(o):
     if isinstance(o, str): return o!='preset'
     return isinstance(o, (Strategy,Phase)) or isinstance(o, (list,tuple,L)) and all(isinstance(p, Phase) for p in o)
 
-
 # %% ../nbs/07d_rates.ipynb #90685e06
 def _planned(learn, what, n_epoch):
     "Steps of a fit to come, rates of each group at them, and the steps at which another phase begins"

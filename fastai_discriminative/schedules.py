@@ -92,7 +92,6 @@ def frozen(self:GroupHypers)->pd.DataFrame: # As for a hyper-parameter, of `bool
     "Was the group frozen?"
     return pd.DataFrame(self._table('frozen')>np.arange(len(self.names)), columns=self.names)
 
-
 # %% ../nbs/05d_schedules.ipynb #5f04eeee
 @patch
 def at(self:GroupHypers,
