@@ -27,6 +27,7 @@ Modules:
 - `fastai_discriminative.finite`: The first thing that is not finite, by its name, when a loss is NaN
 - `fastai_discriminative.fit_look`: What a fit is going to do, and what one batch of it costs, before it begins
 - `fastai_discriminative.freeze`: A freeze that freezes: what is frozen does not move by one bit, and norm layers follow one choice
+- `fastai_discriminative.group_table`: All that is known about a learner's layer groups, as a table to read and as numbers to compute with
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
 - `fastai_discriminative.holding`: Callbacks that take something of a learner while it trains, and give it back however the fit ends
 - `fastai_discriminative.html_report`: One file that tells what a fine-tune was: groups, rates, history, evidence, environment, and the code to repeat it
@@ -41,6 +42,7 @@ Modules:
 - `fastai_discriminative.optimizer`: Fused torch optimisers behind fastai's optimiser contract: any number of depth groups, no decay where none belongs, frozen groups that do not move
 - `fastai_discriminative.paths`: What a layer is, which layers belong together, and how deep each is on the way from the input to the head
 - `fastai_discriminative.phases`: Who trains, for how long, how fast: a fit in phases, as one fit
+- `fastai_discriminative.pictures`: Lines and maps of layer groups over time, with names that can be read for three groups and for forty
 - `fastai_discriminative.points`: Averaged weights, and the choice between the head alone, the end of a fit, and what lies between
 - `fastai_discriminative.predict`: From trained learners to a submission: a folder or a table of images, test-time augmentation, ensembles, out-of-fold predictions
 - `fastai_discriminative.prefix`: The part of a model that depends on nothing that trains, and what the rest of the model uses of it
@@ -48,6 +50,8 @@ Modules:
 - `fastai_discriminative.presets`: Learning rates for the layers of a pretrained backbone, derived from published recipes and the way its checkpoint was trained
 - `fastai_discriminative.probe`: Ask a model and its data something, and leave both as they were
 - `fastai_discriminative.ranks`: Several processes that train one model: gradients of all that trains are averaged, and every process decides the same
+- `fastai_discriminative.rates`: How fast each group will learn, before a fit, and how fast it did, after it
+- `fastai_discriminative.recorder`: How large each group's gradients and updates are, and every group's hyper-parameters in CSV files, TensorBoard and W&B
 - `fastai_discriminative.registry`: Which family an architecture belongs to, and what the package knows about that family
 - `fastai_discriminative.report`: What a fine-tune did to the pretrained layers: how far they moved, and whether they still say the same
 - `fastai_discriminative.resume`: A fit that goes on where it was killed, bit for bit as if nothing had happened

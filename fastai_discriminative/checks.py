@@ -31,6 +31,7 @@ from .presets import *
 from .optimizer import *
 from .weights import *
 from .learner import *
+from .group_table import *
 from .builder import _create_model
 
 # %% ../nbs/12_checks.ipynb #93500dc5

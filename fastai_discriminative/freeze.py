@@ -78,18 +78,27 @@ class TrueFreeze(HoldingCallback):
         if self.opt is None or not in_layer_groups(self.learn): return # inference, or split otherwise since
         self.at = self.note()
         groups,norms = self.learn.splitter.find(self.model),[]
-        body,all_norms = max(self.at, groups.n_body),self.train_norm is True
-        if not all_norms: norms = [(m, groups.group_of(n)) for n,m in named_mods(self.model).items() if is_norm(m)]
-        asleep = _asleep(self.model, {n for n,i in groups.where.items() if i<self.at}) if self.at and not all_norms else []
-        keep = dict(group=self.at, running=len(groups)).get(self.train_norm, body)
+        off,keep = self.norm_bounds(groups, self.at)
+        if keep: norms = [(m, groups.group_of(n)) for n,m in named_mods(self.model).items() if is_norm(m)]
+        asleep = _asleep(self.model, {n for n,i in groups.where.items() if i<self.at}) if self.at and self.train_norm is not True else []
         self.still = asleep + [m for m,i in norms if i<keep]
-        off = body if self.train_norm is False else self.at
         self.off = [p for m,i in norms if i<off for p in m.parameters() if p.requires_grad]
         for p in self.off: p.requires_grad_(False)
         for m in self.still: m.eval()
         for p in self.model.parameters():
             if not p.requires_grad: p.grad = None
         self.reduced.follow()
+
+# %% ../nbs/05c_freeze.ipynb #0a7fde04
+@patch
+def norm_bounds(self:TrueFreeze,
+    groups, # The learner's `LayerGroups`
+    at:int, # Number of frozen groups
+)->tuple: # Two indices of groups, 0 where all do
+    "The first group whose norm layers may train, and the first whose running statistics move"
+    if self.train_norm is True: return 0,0
+    body = max(at, groups.n_body)
+    return body if self.train_norm is False else at,dict(group=at, running=len(groups)).get(self.train_norm, body)
 
 # %% ../nbs/05c_freeze.ipynb #94d0179b
 @patch
@@ -110,19 +119,13 @@ def _named_lists(self:TrueFreeze):
     return [{names[id(p)]:p for p in ps if id(p) in names} for ps in self.opt.param_lists]
 
 @patch
-def _refreeze(self:TrueFreeze, lists):
-    "Freeze what is pinned, after a freeze that may have thawed it"
-    for ps in lists:
-        for n,p in ps.items():
-            if n in self.pinned: p.requires_grad_(False)
-
-@patch
 def note(self:TrueFreeze)->int: # Number of leading groups that are frozen
     "Note what was frozen or thawed since the last look, by hand or past the learner"
     opt,lists,off = self.opt,self._named_lists(),{id(p) for p in self.off}
     if opt.frozen_idx!=self._seen:
         self.asked = max(opt.frozen_idx, min(self.asked, n_frozen(opt)))
-        self._refreeze(lists)
+        for ps in lists: # the freeze may have thawed what is pinned
+            for n in self.pinned.intersection(ps): ps[n].requires_grad_(False)
     for i,ps in enumerate(lists):
         for n,p in ps.items():
             if p.requires_grad: self.pinned.discard(n)

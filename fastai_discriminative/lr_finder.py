@@ -19,11 +19,13 @@ from fastai.callback.schedule import *
 from copy import copy,deepcopy # after fastai, which has a `copy` of its own
 
 from .core import *
+from .pictures import *
 from .groups import *
 from .names import *
 from .presets import *
 from .probe import *
 from .learner import *
+from .group_table import *
 from .auto import _AutoRates,_bearable
 
 # %% ../nbs/09_lr_finder.ipynb #43cdefa6
@@ -110,17 +112,21 @@ class FoundRates:
 @patch
 def plot(self:FoundRates,
     ax=None, # matplotlib's axes; new ones if `None`
-    figsize:tuple=(7,4) # In inches, for new axes
+    figsize:tuple=(6,3.8) # In inches, for new axes
 )->plt.Axes: # The axes
-    "The curves over the rate, by group from the stem (dark) to the head (light)"
-    ax = ax or plt.subplots(figsize=figsize, layout='constrained')[1]
-    cs = plt.cm.cividis(np.linspace(0, .9, max(1, len(self.curves))))
-    for (name,(rates,ys)),c in zip(self.curves.items(), cs): ax.plot(rates, ys, color=c, marker='o' if self.method=='trials' else None, lw=1.8, label=name)
-    if self.method!='groups': ax.axvline(self.lrs[-1], color='#D55E00', ls='--', label='found')
-    if self.bearable is not None: ax.axhline(self.bearable, color='#009E73', ls=':', label='bearable in this fit')
-    ax.set(xscale='log', xlabel='learning rate' if self.method=='groups' else 'learning rate of the head', ylabel='share of the knowledge lost' if self.method=='trials' else 'smoothed training loss')
-    ax.legend(frameon=False, fontsize=8, ncol=1+len(self.curves)//12)
-    ax.grid(alpha=.25)
+    "The curves over the rate, and what was found: for each group a point on its curve, or a line for the head's rate"
+    names,one = list(self.curves),self.method!='groups'
+    xs,ys = zip(*self.curves.values())
+    shown = None if self.method=='trials' else (.95*min(map(min, ys)), 1.4*max(y[0] for y in ys)) # a loss that diverges leaves the picture
+    ax = group_lines(xs, ys, names, sum(n in self.names[:self.n_body] for n in names) or one, ax, figsize, ylim=shown, yscale='linear')
+    found = dict(zip(self.names, self.lrs))
+    for x,y,n,line in zip(xs, ys, names, list(ax.lines)):
+        if self.method=='trials': line.set_marker('o')
+        if not one: ax.plot(found[n], np.interp(found[n], x, y), color=line.get_color(), marker='o', ms=5, mec='w')
+    if one: ax.axvline(self.lrs[-1], color='#D55E00', ls='--', label='found')
+    if self.bearable is not None: ax.axhline(self.bearable, color='#0072B2', ls=':', label='bearable in this fit')
+    ax.set(xscale='log', xlabel='learning rate of the head' if one else 'learning rate of the group', ylabel='share of the knowledge lost' if self.method=='trials' else 'smoothed training loss')
+    if one: ax.legend(frameon=False, fontsize=9)
     return ax
 
 # %% ../nbs/09_lr_finder.ipynb #6620bbf6

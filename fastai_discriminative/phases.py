@@ -48,6 +48,11 @@ class Phase:
             raise StrategyError(f"A phase needs a whole number of epochs, at least 1, got {self.n_epoch!r}. With fewer epochs than phases, leave phases out or train longer.")
         _schedule(self.sched)
 
+    @property
+    def n_on_images(self)->float:
+        "Its length in epochs on images, of which ten cached ones cost about as much as one"
+        return self.n_epoch/(_cached_per_epoch if self.cached else 1)
+
 # %% ../nbs/07b_phases.ipynb #2093eb98
 _cached_per_epoch = 10 # cached epochs of a head that cost about as much as one on images
 
@@ -298,7 +303,7 @@ def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch, file):
     finally:
         if cached is not own: cached.close()
 
-# %% ../nbs/07b_phases.ipynb #eb6d7bed
+# %% ../nbs/07b_phases.ipynb #97c8c255
 def strategy_phases(
     learn, # A `Learner`; it is split if it has no layer groups
     strategy='auto', # Name, `Strategy`, or list of `Phase`
@@ -312,38 +317,11 @@ def strategy_phases(
     try: return [replace(p, lr=_rates(p)) for p in _plan(learn, _as_strategy(strategy), n_epoch, cbs)]
     finally: learn.peak_lrs = peak
 
-# %% ../nbs/07b_phases.ipynb #2a23cdaa
-def _picture(phases, n_groups, n=60):
-    "Rates over time as an array (groups x columns) with `nan` where frozen, the columns' edges in epochs on images, and the phases' ends"
-    cols,edges,ends = [],[0.],[]
-    for p in phases:
-        share,_ = _schedule(p.sched)
-        k,lrs = p.frozen%n_groups,np.array(p.lr)
-        width = p.n_epoch/(_cached_per_epoch if p.cached else 1)
-        for i in range(n):
-            cols.append(np.where(np.arange(len(lrs))<k, np.nan, lrs*float(share((i+.5)/n))))
-            edges.append(edges[-1]+width/n)
-        ends.append(edges[-1])
-    return np.stack(cols, 1),edges,ends
-
 @patch
-def plot_strategy(self:Learner,
-    strategy='auto', # Name, `Strategy`, or list of `Phase`
-    n_epoch:int|None=None, # As in `fit_strategy`
-    ax=None # matplotlib's axes; a new figure if `None`
-)->plt.Axes: # The axes
-    "Layer groups over time, coloured by learning rate; frozen ones are hatched. Of rates that are measured, those with which the measuring begins"
-    from matplotlib.colors import LogNorm
-    s,phases = _as_strategy(strategy),strategy_phases(self, strategy, n_epoch)
-    groups = self.splitter.find(self.model)
-    rates,edges,ends = _picture(phases, len(groups))
-    ax = ax or plt.subplots(figsize=(7, .9+.24*len(groups)), layout='constrained')[1]
-    ax.patch.set(facecolor='#e8e8e8', hatch='////', edgecolor='#bbbbbb')
-    m = ax.pcolormesh(edges, np.arange(len(groups)+1), np.ma.masked_invalid(np.maximum(rates, 1e-8)), norm=LogNorm(1e-7, 1e-2), cmap='viridis', rasterized=True)
-    for a,b,p in zip([0,*ends], ends, phases):
-        if p.cached: ax.text((a+b)/2, len(groups)/2, f'{p.n_epoch} epochs\non cached\nfeatures', ha='center', va='center', fontsize=7)
-        if b<ends[-1]: ax.axvline(b, color='w', lw=1.5)
-    ax.set_yticks(np.arange(len(groups))+.5, groups.names, fontsize=7)
-    ax.set(xlabel='time (in epochs on images)', title=s.name if isinstance(s, Strategy) else f'{len(phases)} phases')
-    ax.figure.colorbar(m, ax=ax, label='learning rate')
-    return ax
+def rates_at(self:Phase,
+    shares, # Of the phase, from 0 for its first batch to 1
+)->np.ndarray: # Groups x shares; `nan` where frozen
+    "Rates of each group over the phase, of one from `strategy_phases`"
+    res = np.outer(self.lr, [float(_schedule(self.sched)[0](o)) for o in shares])
+    res[:self.frozen%len(res)] = np.nan
+    return res

@@ -19,7 +19,6 @@ from fastai.vision.all import *
 from .core import *
 from .files import *
 from .demo import *
-from .demo import _split_dirs
 
 # %% ../nbs/14a_predict.ipynb #103952de
 @dataclass(repr=False)
@@ -42,7 +41,7 @@ def _called(files, root):
 # %% ../nbs/14a_predict.ipynb #e70c84e2
 def _unlabelled(path):
     "Images in the folder `path`, but for those under `train` and `valid`"
-    labelled = [d for d,v in _split_dirs(path) if v is not None or d!=path]
+    labelled = [d for d,v in split_dirs(path) if v is not None or d!=path]
     return [f for f in images_under(path) if not any(d in f.parents for d in labelled)]
 
 def _read_csv(path):

@@ -13,12 +13,15 @@ __all__ = ['DistortionMeter', 'ReportError']
 import math
 
 from fastai.basics import *
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from .core import *
+from .pictures import *
 from .groups import *
 from .backbone import *
 from .probe import *
-from .learner import groups_of
+from .group_table import groups_of
 
 # %% ../nbs/10_report.ipynb #cd08988c
 _all_ = ['ReportError']
@@ -70,6 +73,11 @@ class DistortionMeter(Callback):
         "Forget what was recorded; the next fit sets the reference anew"
         self.rows,self._ref = [],None
 
+    @property
+    def results(self)->pd.DataFrame: # Columns `epoch`, `group`, `moved`, `cka`, `gradients`
+        "One row for each epoch and group"
+        return pd.DataFrame(self.rows, columns=['epoch','group','moved','cka','gradients'])
+
     def _outputs(self): return _group_outputs(self.learn.model, self.groups, self._xb)
 
     def before_fit(self):
@@ -107,33 +115,37 @@ def after_epoch(self:DistortionMeter):
         same = float('nan') if a is None or b is None else _cka(a, b)
         self.rows.append(dict(epoch=self._n_before+self.epoch+1, group=g.name, moved=self._moved(g, now), cka=same, gradients=ratio))
 
-# %% ../nbs/10_report.ipynb #aacc76cb
-@patch(as_prop=True)
-def results(self:DistortionMeter)->pd.DataFrame: # Columns `epoch`, `group`, `moved`, `cka`, `gradients`
-    "One row for each epoch and group"
-    return pd.DataFrame(self.rows, columns=['epoch','group','moved','cka','gradients'])
-
 # %% ../nbs/10_report.ipynb #543db5ac
-def _heat(ax, df, col, title, **kw):
-    t = df.pivot(index='group', columns='epoch', values=col).reindex(list(dict.fromkeys(df.group)))
-    m = ax.pcolormesh(np.append(t.columns, t.columns[-1]+1)-.5, np.arange(len(t)+1), np.ma.masked_invalid(t.values), rasterized=True, **kw)
-    ax.set_yticks(np.arange(len(t))+.5, t.index, fontsize=7)
-    ax.set(title=title, xlabel='epoch')
-    ax.figure.colorbar(m, ax=ax)
+_drifts = dict(moved=dict(label='moved (share of its norm)', cmap='viridis', norm=LogNorm(1e-5, 1)), cka=dict(label='CKA with the start', cmap='cividis', vmin=0, vmax=1))
+
+@patch
+def plot_drift(self:DistortionMeter,
+    what:str='moved', # `'moved'` for the weights, `'cka'` for what is left of what they said
+    ax=None, # matplotlib's axes; new ones if `None`
+    figsize:tuple|None=None # In inches, for new axes; by the number of groups if `None`
+)->plt.Axes: # The axes
+    "How far each group is from where it began, over the epochs"
+    if what not in _drifts: raise ReportError(f"Unknown drift {what!r}.{near_matches(what, _drifts)} There are: {', '.join(_drifts)}.")
+    df = self.results
+    if not len(df): raise ReportError("Nothing was recorded yet. Pass the meter to a fit: `learn.fit_strategy('lp_ft', 5, cbs=meter)`.")
+    t = df.pivot(index='group', columns='epoch', values=what).reindex(list(dict.fromkeys(df.group)))
+    ax = group_map(np.append(t.columns, t.columns[-1]+1)-.5, t.values.clip(1e-6), list(t.index), ax=ax, figsize=figsize, **_drifts[what])
+    ax.set(xlabel='epoch')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax
 
 # %% ../nbs/10_report.ipynb #ae9ec707
 @patch
-def plot(self:DistortionMeter
+def plot(self:DistortionMeter,
+    figsize:tuple|None=None # In inches; by the number of groups if `None`
 )->plt.Figure: # matplotlib's figure
     "How far each group moved, what it still has in common with what it was, and the gradients' ratio, over epochs"
-    from matplotlib.colors import LogNorm
-    from matplotlib.ticker import MaxNLocator
     df = self.results
-    if not len(df): raise ReportError("Nothing was recorded yet. Pass the meter to a fit: `learn.fit_strategy('lp_ft', 5, cbs=meter)`.")
-    fig,axs = plt.subplots(1, 3, figsize=(12, 1.4+.24*df.group.nunique()), layout='constrained', width_ratios=(1,1,.8))
-    _heat(axs[0], df.assign(moved=df.moved.clip(lower=1e-6)), 'moved', 'moved (share of its norm)', norm=LogNorm(1e-5, 1), cmap='viridis')
-    _heat(axs[1], df, 'cka', 'CKA with the start', vmin=0, vmax=1, cmap='cividis')
-    axs[1].set_yticklabels([])
+    fig,axs = plt.subplots(1, 3, figsize=figsize or (12, min(7, max(2.6, 1.4+.24*df.group.nunique()))), layout='constrained', width_ratios=(1,1,.8))
+    try: self.plot_drift('moved', axs[0]), self.plot_drift('cka', axs[1]).set_yticklabels([])
+    except ReportError:
+        plt.close(fig)
+        raise
     g = df.groupby('epoch').gradients.first()
     axs[2].plot(g.index, g.values, color='#0072B2', marker='o', ms=3)
     axs[2].set(title='gradients, body over head', xlabel='epoch', ylim=(0,None))

@@ -156,7 +156,9 @@ def test_a_fit_that_goes_on_keeps_it(folder, tmp_path, fit, same_process):
 
 def test_the_table_tells_a_hand_from_a_freeze(dls):
     learn = learner(dls, ['stem.','top.norm.'])
-    def words(): return [r[-1] for r in learn.layer_groups._table()[1]]
+    def words():
+        cols,rows = learn.layer_groups._table()
+        return [r[cols.index('frozen')] for r in rows]
     assert words()==['by hand','by hand','','','','2 of 3 by hand','','']
     learn.freeze()
     assert words()==['by hand']*2+['yes']*5+['']
