@@ -9,15 +9,15 @@ __all__ = ['main']
 
 # %% ../nbs/15_cli.ipynb #dff91bca
 import argparse,os,sys,time,warnings
-from contextlib import contextmanager
+from contextlib import contextmanager,suppress
 from pathlib import Path
 
 # %% ../nbs/15_cli.ipynb #9b6fa5c5
 def _groups_of(arch, n_groups=None):
     "Layer groups of timm's `arch`, built without memory for its weights where timm can"
-    from fastai_discriminative.all import find_family,layer_groups
+    from fastai_discriminative.all import arch_family,layer_groups
     from fastai_discriminative.trace import blank_model
-    find_family(arch)
+    arch_family(arch)
     return layer_groups(blank_model(arch), n_groups)
 
 def _cmd_groups(a): print(_groups_of(a.arch, a.n_groups))
@@ -144,11 +144,9 @@ def _race(job, compare):
 def _out_dir(out):
     "Make the folder `out`, or raise `DataError`"
     from fastai_discriminative.demo import DataError
-    out = Path(out).expanduser()
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise DataError(f"Cannot make the folder {str(out)!r} for the results ({e.strerror}). Name another with --out.") from e
-    if os.access(out, os.W_OK): return out
-    raise DataError(f"The folder {str(out)!r} for the results cannot be written to. Name another with --out.")
+    if not os.access(out, os.W_OK): raise DataError(f"The folder {str(out)!r} for the results cannot be written to. Name another with --out.")
 
 # %% ../nbs/15_cli.ipynb #71216863
 @contextmanager
@@ -173,10 +171,11 @@ def _train(job, compare):
     "Describe, train, print the table, save the learner and the plot"
     import torch
     from fastai_discriminative.demo import export_learner,plot_runs,runs_table
-    start,new = time.perf_counter(),not Path(job.a.out).expanduser().exists()
-    out = _out_dir(job.a.out)
+    start,out = time.perf_counter(),Path(job.a.out).expanduser()
+    new = [o for o in (out, *out.parents) if not os.path.exists(o)]
     if job.a.threads: torch.set_num_threads(job.a.threads)
     try:
+        _out_dir(out)
         _describe(job)
         runs,learn = _race(job, compare)
         print('\n'+runs_table(runs))
@@ -188,7 +187,8 @@ def _train(job, compare):
             export_learner(learn, out/'learner.pkl')
         print(f"Saved {out/'learner.pkl'} and {out/'accuracy.png'}. {time.perf_counter()-start:.0f} s in all.")
     finally:
-        if new and not any(out.iterdir()): out.rmdir()
+        for o in new:
+            with suppress(OSError): o.rmdir() # one that holds something stays
 
 # %% ../nbs/15_cli.ipynb #f021f19e
 def _cmd_demo(a):
@@ -198,9 +198,9 @@ def _cmd_demo(a):
     _train(_Job(a, images, 'tf_efficientnet_lite0', weights), compare=True)
 
 def _cmd_finetune(a):
-    from fastai_discriminative.all import find_family
+    from fastai_discriminative.all import arch_family
     from fastai_discriminative.demo import folder_images
-    find_family(a.arch)
+    arch_family(a.arch)
     images = folder_images(a.folder)
     if a.out is None: a.out = f'discriminative-{images.path.resolve().name}'
     job = _Job(a, images, a.arch, a.weights_file, not a.from_scratch)

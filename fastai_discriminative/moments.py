@@ -157,7 +157,10 @@ def match_state(
     return MatchedState(saved.states, True)
 
 # %% ../nbs/04b_moments.ipynb #0df86628
-def _is_number(v): return isinstance(v, (Real,Tensor)) and not isinstance(v, bool) and math.isfinite(float(v)) and float(v)>=0
+def _is_number(v):
+    "Is `v` a finite number of at least 0, or a tensor of one?"
+    try: return isinstance(v, (Real,Tensor)) and not isinstance(v, bool) and 0<=float(v)<math.inf
+    except (TypeError,ValueError,OverflowError,RuntimeError): return False # not one number, or none that a float can hold
 
 def check_hypers(
     saved:list, # Hyper-parameters in the file, one dict a group
@@ -165,7 +168,7 @@ def check_hypers(
 ):
     "Raise `OptimizerStateError` unless `saved` has numbers for all that `mine` has, and nothing else"
     for i,h in enumerate(saved):
-        if set(h)!=set(mine): raise OptimizerStateError(f"The saved state has the hyper-parameters {list_some(sorted(h), 9)}, and this optimiser has "
+        if set(h)!=set(mine): raise OptimizerStateError(f"The saved state has the hyper-parameters {list_some(sorted(h, key=str), 9)}, and this optimiser has "
             f"{list_some(sorted(mine), 9)}: it was saved by another kind of optimiser.")
         bad = next((k for k,v in h.items() if _is_number(mine[k]) and not _is_number(v)), None)
         if bad is not None: raise OptimizerStateError(f"In the saved state, {bad!r} of group {i} is {h[bad]!r}, not a finite number of at least 0.")

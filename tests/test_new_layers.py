@@ -55,6 +55,12 @@ def test_a_name_a_module_and_a_parameter_say_the_same():
 
 def test_what_is_named_and_not_there():
     with pytest.raises(SplitterError, match="names 'adaptor'.*Did you mean 'adapter'"): layer_groups(Adapted(), new='adaptor')
+    class Bare(Adapted):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout()
+    with pytest.raises(SplitterError) as e: layer_groups(Bare(), new='drop')
+    assert "nothing with parameters in this Bare is called so" in str(e.value) and 'mean' not in str(e.value), 'a module without parameters is no better name'
     with pytest.raises(SplitterError, match='no part of this Adapted'): layer_groups(Adapted(), new=nn.Linear(2,2))
     with pytest.raises(SplitterError, match='takes names, modules and parameters, not a int'): layer_groups(Adapted(), new=[3])
 
