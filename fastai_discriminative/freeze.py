@@ -133,8 +133,8 @@ def _note_pins(self:TrueFreeze):
 
 @patch
 def _refreeze(self:TrueFreeze):
-    "Freeze what is pinned, after a freeze that thawed its group"
-    for n,p in self._training().items():
+    "Freeze what is pinned, after a freeze that thawed its group, or a norm in a frozen one"
+    for n,p in named_params(self.model).items():
         if n in self.pinned: p.requires_grad_(False)
 
 # %% ../nbs/05c_freeze.ipynb #3d53b1d9

@@ -113,7 +113,7 @@ def read_state(
     try:
         res = _from_wrapper(sd) if 'hypers' not in sd else SavedState(list(sd['state']), list(sd['hypers']), sd.get('names'), sd.get('sizes'))
         damage = _damage(res)
-    except (KeyError,TypeError,ValueError,AttributeError) as e: damage = f"{type(e).__name__}: {e}"
+    except (KeyError,TypeError,ValueError,AttributeError,RuntimeError) as e: damage = f"{type(e).__name__}: {e}"
     if damage: raise OptimizerStateError(f"The saved optimiser state is damaged: {damage}. Load the weights alone with `learn.load(file, with_opt=False)`.")
     return res
 

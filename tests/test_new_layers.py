@@ -134,6 +134,19 @@ def test_what_the_user_froze_stays_frozen(opt):
     assert not any('ema' in n for n in moved(learn, before))
 
 @pytest.mark.parametrize('opt', opts)
+def test_a_norm_that_the_user_froze_stays_frozen_where_all_norms_train(opt):
+    "fastai's optimisers thaw the norms of a group that they freeze"
+    m = timm.create_model('test_resnet', num_classes=3)
+    pinned = {f'layer2.0.bn1.{o}' for o in ('weight','bias')}
+    m.layer2[0].bn1.requires_grad_(False)
+    learn = learner(m, 3, opt_func=opts[opt]).split(train_norm=True)
+    for act in (learn.freeze, learn.unfreeze, lambda: learn.freeze_to(-2)):
+        act()
+        before = state(learn)
+        learn.fit(1, 1e-2)
+        assert not pinned & moved(learn, before) and 'layer2.0.bn2.weight' in moved(learn, before)
+
+@pytest.mark.parametrize('opt', opts)
 def test_freezing_to_a_group_that_is_not_there(opt):
     learn = learner(nn.Sequential(nn.Flatten(), nn.Linear(3*48*48, 3)), 3, opt_func=opts[opt]).split()
     n = len(learn.layer_groups)
