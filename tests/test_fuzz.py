@@ -1,5 +1,5 @@
 "Random models, states, checkpoints, folders and command lines: the rules hold, or an error of ours says why and nothing has changed. More of them: `python tests/test_fuzz.py 20000`"
-import contextlib,copy,io,math,os,pickle,random,sys,tempfile,traceback,warnings
+import contextlib,copy,io,math,os,pickle,random,re,sys,tempfile,traceback,warnings
 from collections import Counter
 from functools import lru_cache,partial
 from pathlib import Path
@@ -525,7 +525,7 @@ def test_random(name): run(name, properties[name][2])
 def _kind(e):
     "What to call the fault that raised `e`: where, and what"
     at = [o for o in traceback.extract_tb(e.__traceback__) if 'fastai_discriminative' in o.filename or o.filename==__file__][-1]
-    return f'{Path(at.filename).name}:{at.lineno} {at.name}: {type(e).__name__}: {str(e)[:200]}'
+    return f'{Path(at.filename).name}:{at.lineno} {at.name}: {type(e).__name__}: {re.sub(tempfile.gettempdir()+'/tmp[^/]*', '', str(e))[:200]}'
 
 def _report(total, seed):
     "Try all properties in `total` cases, and print what was found; the exit status"
