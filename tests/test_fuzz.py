@@ -461,7 +461,7 @@ def place():
 
 _paths = ['ok','ok','ok','empty','afile','nowhere','','empty/loop','.','ok/a','a\0b','~nobody/x','-x','w.pth',os.fsdecode(b'\xff')]
 _archs = ['test_resnet']*6+['test_vit','resnet18.zzz','','x','resnet','tv_resnet','test_resnet.r160_in1k','../x','é','a'*500]
-_figures = ['1','2','3','8','32','64','0','-1','1.5','1e-3','1e-4','.5','nan','inf','1'+'0'*30,'','x','block','all','٣',' 2','1_0','0x10']
+_figures = ['1','2','3','8','32','64']*3+['0','-1','1.5','1e-3','1e-4','.5','nan','inf','1'+'0'*30,'','x','block','all','٣',' 2','1_0','0x10']
 _strategies = [*(o.name for o in list_strategies()),'nope','']
 _values = {**{f"--{k}":_figures for k in 'epochs size bs n-groups n-train valid-pct seed seeds threads lr-low lr-high workers n-steps'.split()}, '--strategy':_strategies, '--out':['out','out/x','afile','','ok'],
     '--arch':_archs, '--weights-file':_paths, '--data':['clipart','elpv','x'], '--optimizer':['adamw','sgd','adam'], '--folder':_paths}
@@ -525,7 +525,8 @@ def test_random(name): run(name, properties[name][2])
 def _kind(e):
     "What to call the fault that raised `e`: where, and what"
     at = [o for o in traceback.extract_tb(e.__traceback__) if 'fastai_discriminative' in o.filename or o.filename==__file__][-1]
-    return f'{Path(at.filename).name}:{at.lineno} {at.name}: {type(e).__name__}: {re.sub(tempfile.gettempdir()+'/tmp[^/]*', '', str(e))[:200]}'
+    said = re.sub(re.escape(tempfile.gettempdir())+'/tmp[^/]*', '', str(e))
+    return f'{Path(at.filename).name}:{at.lineno} {at.name}: {type(e).__name__}: {said[:200]}'
 
 def _report(total, seed):
     "Try all properties in `total` cases, and print what was found; the exit status"

@@ -23,7 +23,7 @@ def _meta(arch, **kwargs):
     "A model without weights, or a real one where the oldest timm cannot make it without"
     try:
         with torch.device('meta'): return timm.create_model(arch, **kwargs)
-    except NotImplementedError: return timm.create_model(arch, **kwargs)
+    except (NotImplementedError,RuntimeError): return timm.create_model(arch, **kwargs)
 
 def _names(model): return [n for n,_ in model.named_parameters()]
 
