@@ -5,12 +5,12 @@ from functools import lru_cache,partial
 from pathlib import Path
 os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
-import numpy as np,pytest,timm,torch
+import pytest,timm,torch
 from PIL import Image
 from torch import nn
 hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck,given,settings,strategies as st
-from fastai.vision.all import Adam,DataLoader,DataLoaders,L,Learner,ProgressCallback,RMSProp,SGD,image_extensions,noop
+from fastai.vision.all import Adam,DataLoader,DataLoaders,Learner,ProgressCallback,RMSProp,SGD,image_extensions,noop
 
 from fastai_discriminative import cli
 from fastai_discriminative.all import *
@@ -39,8 +39,8 @@ class Scale(nn.Module):
     "A parameter without a layer: of ones, a scalar, an empty one, complex, or of whole numbers"
     def __init__(self, kind):
         super().__init__()
-        self.p = nn.Parameter({'scalar':torch.ones(()), 'empty':torch.ones(0), 'complex':torch.ones(1, dtype=torch.complex64), 'whole':torch.ones(1, dtype=torch.int64)}.get(kind, torch.ones(1)),
-            requires_grad=kind!='whole')
+        values = dict(scalar=torch.ones(()), empty=torch.ones(0), complex=torch.ones(1, dtype=torch.complex64), whole=torch.ones(1).long())
+        self.p = nn.Parameter(values.get(kind, torch.ones(1)), requires_grad=kind!='whole')
     def forward(self, x): return x*(self.p.abs() if self.p.is_complex() else self.p.sum() if self.p.numel()!=1 else self.p)
 
 class Count(nn.Module):
@@ -118,7 +118,8 @@ _hows = 'seq seq list back dict branch plain'.split()
 leaves = st.sampled_from(_leaves*8+_rare)
 def _trees(kids, hows, least): return st.tuples(st.sampled_from(hows), st.lists(kids, min_size=least, max_size=4), st.integers(0, 9))
 trees = _trees(st.recursive(leaves, lambda kids: _trees(kids, _hows*5+['twice']*3+['frozen']*3+['idle_frozen','idle'], 0), max_leaves=8), _hows, 2)
-nets = st.fixed_dictionaries(dict(tree=trees, image=st.booleans(), n_in=st.sampled_from([1,1,2]), out=st.sampled_from(['tensor','tuple','list','dict']), pair=st.booleans()))
+nets = st.fixed_dictionaries(dict(tree=trees, image=st.booleans(), n_in=st.sampled_from([1,1,2]), out=st.sampled_from(['tensor','tuple','list','dict']),
+    pair=st.booleans()))
 
 def make_net(r):
     "The model of recipe `r`, with the same weights each time"
@@ -146,14 +147,17 @@ def make_learner(model, r, opt='adam'):
     learn.logger = noop
     return learn
 
-def _same(a, b): return a is b or (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype==b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))) or (
-    not isinstance(a, torch.Tensor) and a==b)
-def values(model): return {n:o.detach().clone() for n,o in [*model.named_parameters(), *model.named_buffers()] if not isinstance(o, nn.parameter.UninitializedTensorMixin)}
+def _same(a, b):
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)): return a is b or a==b
+    return a.dtype==b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+def values(model): return {n:o.detach().clone() for n,o in [*model.named_parameters(), *model.named_buffers()] if not isinstance(o,
+    nn.parameter.UninitializedTensorMixin)}
 def moved(a, b): return {n for n in a.keys()|b.keys() if not (n in a and n in b and _same(a[n], b[n]))}
 def flags(model): return {n:p.requires_grad for n,p in model.named_parameters()}
 def look(learn):
     "What a refused call leaves alone"
-    return dict(flags=flags(learn.model), modes=[m.training for m in learn.model.modules()], vars=[sorted(vars(m)) for m in learn.model.modules()], splitter=learn.splitter,
+    return dict(flags=flags(learn.model), modes=[m.training for m in learn.model.modules()], vars=[sorted(vars(m)) for m in learn.model.modules()],
+        splitter=learn.splitter,
         opt=learn.opt, func=learn.opt_func, cbs=list(learn.cbs), bn=learn.train_bn, rng=torch.get_rng_state().tolist())
 
 def first_uses(learn):
@@ -182,7 +186,8 @@ def check_groups(learn, r, a):
     at = [groups.where[n] for n in first_uses(learn) if groups[groups.where[n]].is_head or not groups[groups.where[n]].new]
     if not _has(r['tree'], 'branch'): assert at==sorted(at), 'rule 2: groups follow the order of the pass'
     assert groups[-1].is_head and not any(g.is_head for g in groups[:-1]), 'rule 3: the head is last'
-    for other,what in ((pickle.loads(pickle.dumps(spl)),learn.model), (spl,copy.deepcopy(learn.model)), (Splitter(n_groups=a['n_groups'], groups=groups),learn.model)):
+    for other,what in ((pickle.loads(pickle.dumps(spl)),learn.model), (spl,copy.deepcopy(learn.model)), (Splitter(n_groups=a['n_groups'],
+        groups=groups),learn.model)):
         assert other(what).names==lists.names, 'rule 4: names, not positions'
     p,blocks = Preset(1e-7, 1e-3, 10),layer_groups(learn.model, 'block', x=learn.dls.train_ds[0][:learn.dls.n_inp], new=spl.new)
     alone = {n:lr for g,lr in zip(blocks, p.lrs(blocks)) for n in g.param_names}
@@ -230,7 +235,8 @@ def check_model(r, a):
     for op in a['ops']: check_op(learn, op, a, fixed)
 
 args = st.fixed_dictionaries(dict(opt=st.sampled_from(list(opts)), train_norm=st.sampled_from(['group','group','affine','running',True,False]),
-    n_groups=st.one_of(st.none(), st.none(), st.just('block'), st.integers(2, 4), st.integers(-2, 9)), new=st.one_of(*[st.just(())]*4, st.integers(0, 20), st.sampled_from(['*bias','nothing','tree','head'])),
+    n_groups=st.one_of(st.none(), st.none(), st.just('block'), st.integers(2, 4), st.integers(-2, 9)), new=st.one_of(*[st.just(())]*4, st.integers(0, 20),
+        st.sampled_from(['*bias','nothing','tree','head'])),
     ops=st.lists(st.one_of(st.just('step'), st.just('step'), st.just('freeze'), st.just('unfreeze'), st.integers(-4, 4)), max_size=4)))
 
 def check_stock(r, opt):
@@ -269,7 +275,8 @@ def mutated(o, how, at, value):
 
 mutations = st.lists(st.tuples(st.sampled_from(['drop','double','set','set']), st.integers(0, 10**4), st.sampled_from(_junk)), min_size=1, max_size=2)
 
-def _state_of(opt): return [(id(p), k, v.clone() if isinstance(v, torch.Tensor) else v) for p,s in opt.opt.state.items() for k,v in s.items()],[dict(h) for h in opt.hypers],opt.frozen_idx
+def _state_of(opt): return [(id(p), k, v.clone() if isinstance(v,
+    torch.Tensor) else v) for p,s in opt.opt.state.items() for k,v in s.items()],[dict(h) for h in opt.hypers],opt.frozen_idx
 def _all_same(a, b): return a[1:]==b[1:] and len(a[0])==len(b[0]) and all(x[:2]==y[:2] and _same(x[2], y[2]) for x,y in zip(a[0], b[0]))
 
 def check_state(r, opt, other, n, changes):
@@ -288,13 +295,17 @@ def check_state(r, opt, other, n, changes):
         assert _all_same(_state_of(b.opt), was), 'rule 8: a refused state changes nothing'
         return
     hypers = [v for h in b.opt.hypers for v in h.values()]
-    assert len(b.opt.hypers)==len(b.opt.param_lists) and all(isinstance(v, (int,float)) and math.isfinite(v) for v in hypers if v is not None), 'a rate is a number'
-    assert all(s.numel()==1 or s.shape==p.shape for p,o in b.opt.opt.state.items() for s in o.values() if isinstance(s, torch.Tensor)), 'moments have the shapes of parameters'
+    assert len(b.opt.hypers)==len(b.opt.param_lists) and all(isinstance(v,
+        (int,float)) and math.isfinite(v) for v in hypers if v is not None), 'a rate is a number'
+    assert all(s.numel()==1 or s.shape==p.shape for p,o in b.opt.opt.state.items() for s in o.values() if isinstance(s,
+        torch.Tensor)), 'moments have the shapes of parameters'
     b.fit(1, 1e-2)
 
-_casts = dict(half=torch.Tensor.half, double=torch.Tensor.double, bfloat=torch.Tensor.bfloat16, whole=torch.Tensor.long, bool=torch.Tensor.bool, flat=torch.Tensor.flatten, more=lambda o: o[None],
+_casts = dict(half=torch.Tensor.half, double=torch.Tensor.double, bfloat=torch.Tensor.bfloat16, whole=torch.Tensor.long, bool=torch.Tensor.bool,
+    flat=torch.Tensor.flatten, more=lambda o: o[None],
     cut=lambda o: o.flatten()[:-1], complex=lambda o: o+0j, view=lambda o: o.expand(2, *o.shape)[0], param=lambda o: nn.Parameter(o.float()))
-_wraps = dict(plain=lambda o: o, model=lambda o: dict(model=o), state=lambda o: dict(state_dict=o, epoch=3), ema=lambda o: dict(model_ema=o, model={}), module=lambda o: {f'module.{k}':v for k,v in o.items()},
+_wraps = dict(plain=lambda o: o, model=lambda o: dict(model=o), state=lambda o: dict(state_dict=o, epoch=3), ema=lambda o: dict(model_ema=o, model={}),
+    module=lambda o: {f'module.{k}':v for k,v in o.items()},
     learner=lambda o: {f'0.model.{k}':v for k,v in o.items()}, both=lambda o: dict(model=dict(model=o)), listed=lambda o: [o], pairs=lambda o: list(o.items()))
 
 def changed_tensors(sd, changes):
@@ -323,7 +334,8 @@ def _write(sd, wrap, hurt, path):
     return path
 
 checkpoints = st.tuples(st.lists(st.tuples(st.sampled_from('rename drop double junk cast cast'.split()), st.integers(0, 200), st.integers(0, 200)), max_size=3),
-    st.sampled_from(['plain','plain','safetensors','safetensors',*_wraps]), st.one_of(st.none(), st.none(), st.none(), st.tuples(st.sampled_from(['cut','flip']), st.integers(0, 10**6), st.integers(1, 255))))
+    st.sampled_from(['plain','plain','safetensors','safetensors',*_wraps]), st.one_of(st.none(), st.none(), st.none(),
+        st.tuples(st.sampled_from(['cut','flip']), st.integers(0, 10**6), st.integers(1, 255))))
 
 def _given(sd, k, like):
     v = sd.get(k)
@@ -372,19 +384,24 @@ def _image(mode, size=(5,4), fmt='PNG'):
     Image.new(mode, size).save(f, fmt)
     return f.getvalue()
 
-_good = dict(rgb=_image('RGB'), grey=_image('L'), one=_image('1'), palette=_image('P'), alpha=_image('RGBA'), deep=_image('I;16'), jpg=_image('RGB', fmt='JPEG'), cmyk=_image('CMYK', fmt='JPEG'), gif=_image('P', fmt='GIF'),
+_good = dict(rgb=_image('RGB'), grey=_image('L'), one=_image('1'), palette=_image('P'), alpha=_image('RGBA'), deep=_image('I;16'), jpg=_image('RGB',
+    fmt='JPEG'), cmyk=_image('CMYK', fmt='JPEG'), gif=_image('P', fmt='GIF'),
     dot=_image('RGB', (1,1)), long=_image('RGB', (1,300)), float=_image('F', fmt='TIFF'))
 _broken = dict(empty=b'', cut=_good['rgb'][:-20], half=_good['jpg'][:len(_good['jpg'])//2], text=b'no image', zeros=bytes(64), head=_good['rgb'][:20])
 _suffixes = '.png .jpg .PNG .jpeg .gif .tif .bmp'.split()
 _folders = ['a','b','c','train','valid','val','test','Train','.x','é','名','a b','x\n','-n','*','~','a.png','train.d',os.fsdecode(b'a\xff'),'y'*200]
-stems = st.one_of(st.sampled_from([*map(str, range(6)),'x','.h','é',os.fsdecode(b'\xff'),'a b','-','%s','{}']), st.text(st.characters(exclude_characters='/\0', exclude_categories=['Cs']), min_size=1, max_size=5))
-pictures = st.tuples(stems, st.one_of(st.sampled_from(_suffixes[:2]), st.sampled_from([*_suffixes,'.txt',''])), st.one_of(*[st.sampled_from(list(_good))]*4, st.sampled_from(list(_broken))))
+stems = st.one_of(st.sampled_from([*map(str, range(6)),'x','.h','é',os.fsdecode(b'\xff'),'a b','-','%s','{}']),
+    st.text(st.characters(exclude_characters='/\0', exclude_categories=['Cs']), min_size=1, max_size=5))
+pictures = st.tuples(stems, st.one_of(st.sampled_from(_suffixes[:2]), st.sampled_from([*_suffixes,'.txt',''])), st.one_of(*[st.sampled_from(list(_good))]*4,
+    st.sampled_from(list(_broken))))
 links = st.tuples(st.sampled_from(['l','m','l.png','train']), st.sampled_from(['.','..','../..','nowhere','a','../a','l','0.png','../a/0.png']))
-def _folder(dirs): return st.fixed_dictionaries(dict(dirs=dirs, files=st.lists(pictures, max_size=5), links=st.one_of(*[st.just([])]*4, st.lists(links, max_size=1))))
+def _folder(dirs): return st.fixed_dictionaries(dict(dirs=dirs, files=st.lists(pictures, max_size=5), links=st.one_of(*[st.just([])]*4, st.lists(links,
+    max_size=1))))
 _none = st.just([])
 _inner = st.recursive(_folder(_none), lambda f: _folder(st.lists(st.tuples(st.sampled_from(_folders), f), max_size=2)), max_leaves=2)
 _root = st.lists(st.tuples(st.one_of(st.sampled_from(_folders[:3]), st.sampled_from(_folders)), _inner), max_size=5)
-folders = st.one_of(_folder(_root), _folder(_root), st.builds(lambda f, split: dict(f, dirs=[('train',f),*split]), _folder(_root), st.one_of(_none, st.tuples(st.tuples(st.sampled_from(['valid','val']), _folder(_root))).map(list))))
+folders = st.one_of(_folder(_root), _folder(_root), st.builds(lambda f, split: dict(f, dirs=[('train',f),*split]), _folder(_root), st.one_of(_none,
+    st.tuples(st.tuples(st.sampled_from(['valid','val']), _folder(_root))).map(list))))
 
 def make_folder(r, path, top=None):
     "Write the folder of recipe `r`; what cannot be written is left out"
@@ -431,7 +448,9 @@ def check_folder(r, n_train, valid_pct):
         fi, = res
         assert len(fi.files)==len(fi.labels)==len({*fi.files}) and fi.files and all(map(_opens, fi.files)) and not any(map(_opens, fi.unreadable))
         assert all(k in f.relative_to(root).parts for f,k in zip(fi.files, fi.labels)), 'a class is a folder'
-        if plain: assert {k:[f for f,c in zip(fi.files, fi.labels) if c==k] for k in fi.classes}=={k:g for k,(g,_) in full.items()} and sorted(fi.unreadable)==sorted(b for _,bs in want.values() for b in bs)
+        if plain:
+            assert {k:[f for f,c in zip(fi.files, fi.labels) if c==k] for k in fi.classes}=={k:g for k,(g,_) in full.items()}
+            assert sorted(fi.unreadable)==sorted(b for _,bs in want.values() for b in bs)
         if _error(lambda: res.append(demo_dls(fi, n_train, 8, 4, 1, valid_pct))): return
         sets = [[dls.train_ds.items,dls.valid_ds.items] for dls in (res[1], demo_dls(fi, n_train, 8, 4, 1, valid_pct))]
         assert [list(map(str, o)) for o in sets[0]]==[list(map(str, o)) for o in sets[1]], 'the same seed gives the same split'
@@ -463,15 +482,20 @@ _paths = ['ok','ok','ok','empty','afile','nowhere','','empty/loop','.','ok/a','a
 _archs = ['test_resnet']*6+['test_vit','resnet18.zzz','','x','resnet','tv_resnet','test_resnet.r160_in1k','../x','é','a'*500]
 _figures = ['1','2','3','8','32','64']*3+['0','-1','1.5','1e-3','1e-4','.5','nan','inf','1'+'0'*30,'','x','block','all','٣',' 2','1_0','0x10']
 _strategies = [*(o.name for o in list_strategies()),'nope','']
-_values = {**{f"--{k}":_figures for k in 'epochs size bs n-groups n-train valid-pct seed seeds threads lr-low lr-high workers n-steps'.split()}, '--strategy':_strategies, '--out':['out','out/x','afile','','ok'],
+_values = {**{f"--{k}":_figures for k in 'epochs size bs n-groups n-train valid-pct seed seeds threads lr-low lr-high workers n-steps'.split()},
+    '--strategy':_strategies, '--out':['out','out/x','afile','','ok'],
     '--arch':_archs, '--weights-file':_paths, '--data':['clipart','elpv','x'], '--optimizer':['adamw','sgd','adam'], '--folder':_paths}
 _switches = '--quiet --from-scratch --compare --debug --help --version -h --'.split()
-words = st.one_of(*[st.sampled_from(list(_values)).flatmap(lambda k: st.tuples(st.just(k), st.sampled_from(_values[k])))]*4, st.sampled_from([(o,) for o in _switches]), st.text(max_size=6).map(lambda o: (o,)),
-    st.sampled_from(list(_values)).map(lambda o: (o,)), st.sampled_from(list(_values)).flatmap(lambda k: st.tuples(st.sampled_from(_values[k]).map(lambda v: f'{k}={v}'))))
-good = {'finetune':[('ok','--arch','test_resnet','--from-scratch','--size','32'),('ok','--arch','test_resnet','--weights-file','w.pth','--size','32')], 'groups':[('test_resnet',)], 'preset':[('test_resnet',)], 'families':[()], 'demo':[()]}
+_options = st.sampled_from(list(_values))
+_pairs = _options.flatmap(lambda k: st.tuples(st.just(k), st.sampled_from(_values[k])))
+_odd = st.one_of(st.sampled_from(_switches), st.text(max_size=6), _options, _pairs.map('='.join)).map(lambda o: (o,))
+words = st.one_of(_pairs, _pairs, _pairs, _odd)
+good = dict(finetune=[('ok','--arch','test_resnet','--from-scratch','--size','32'),('ok','--arch','test_resnet','--weights-file','w.pth','--size','32')],
+    groups=[('test_resnet',)], preset=[('test_resnet',)], families=[()], demo=[()])
 _starts = st.sampled_from([(c,*o) for c,os in good.items() for o in os])
-lines = st.one_of(st.builds(lambda a, more: [*a, *(o for w in more for o in w)], st.one_of(_starts, st.sampled_from([('finetune',*o) for o in good['finetune']])), st.lists(words, max_size=3)),
-    st.builds(lambda c, p, more: [c, p, *(o for w in more for o in w)], st.sampled_from([*good,'bogus']), st.sampled_from(_paths+_archs), st.lists(words, max_size=4)))
+def _line(start, more): return [*start, *(o for w in more for o in w)]
+_any = st.tuples(st.sampled_from([*good,'bogus']), st.sampled_from(_paths+_archs))
+lines = st.builds(_line, st.one_of(_starts, st.sampled_from([('finetune',*o) for o in good['finetune']]), _any), st.lists(words, max_size=3))
 
 def check_line(args):
     "A command ends with a status of the list, and says why"
@@ -502,8 +526,8 @@ def check_line(args):
 # ---- running them
 
 fused = st.sampled_from(['fused_adamw','fused_adamw','fused_sgd'])
-properties = dict(folders=(check_folder, (folders,st.sampled_from([None,None,1,2,3,5,100]),st.sampled_from([.2,.5,.01,.99])), 200), lines=(check_line, (lines,), 500),
-    states=(check_state, (nets,fused,fused,st.sampled_from([None,None,2,3]),mutations), 200),
+properties = dict(folders=(check_folder, (folders,st.sampled_from([None,None,1,2,3,5,100]),st.sampled_from([.2,.5,.01,.99])), 200),
+    lines=(check_line, (lines,), 500), states=(check_state, (nets,fused,fused,st.sampled_from([None,None,2,3]),mutations), 200),
     checkpoints=(check_checkpoint, (nets,checkpoints,st.sampled_from(['own','own','timm','learner'])), 300),
     models=(check_model, (nets,args), 700), stock=(check_stock, (nets,st.sampled_from(list(opts))), 100))
 
@@ -516,7 +540,8 @@ def run(name, n, seed=None, faults=None):
             if faults is None: raise
             faults.setdefault(_kind(e), []).append(case)
     _f.__name__ = _f.__qualname__ = f.__name__
-    _f = settings(max_examples=n, derandomize=seed is None, database=None, deadline=None, suppress_health_check=list(HealthCheck))(given(st.tuples(*given_by))(_f))
+    config = settings(max_examples=n, derandomize=seed is None, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    _f = config(given(st.tuples(*given_by))(_f))
     (_f if seed is None else hypothesis.seed(seed)(_f))()
 
 @pytest.mark.parametrize('name', properties)
