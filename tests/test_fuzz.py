@@ -303,7 +303,7 @@ def check_state(r, opt, other, n, changes):
 
 _casts = dict(half=torch.Tensor.half, double=torch.Tensor.double, bfloat=torch.Tensor.bfloat16, whole=torch.Tensor.long, bool=torch.Tensor.bool,
     flat=torch.Tensor.flatten, more=lambda o: o[None],
-    cut=lambda o: o.flatten()[:-1], complex=lambda o: o+0j, view=lambda o: o.expand(2, *o.shape)[0], param=lambda o: nn.Parameter(o.float()))
+    cut=lambda o: o.flatten()[:-1], complex=lambda o: o.float()+0j, view=lambda o: o.expand(2, *o.shape)[0], param=lambda o: nn.Parameter(o.float()))
 _wraps = dict(plain=lambda o: o, model=lambda o: dict(model=o), state=lambda o: dict(state_dict=o, epoch=3), ema=lambda o: dict(model_ema=o, model={}),
     module=lambda o: {f'module.{k}':v for k,v in o.items()},
     learner=lambda o: {f'0.model.{k}':v for k,v in o.items()}, both=lambda o: dict(model=dict(model=o)), listed=lambda o: [o], pairs=lambda o: list(o.items()))
