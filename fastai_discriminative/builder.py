@@ -59,7 +59,7 @@ def discriminative_learner(
     **kwargs
 )->Learner: # In layer groups; the pretrained body is frozen, as `vision_learner`'s
     "A `vision_learner` in layer groups; raises `FamilyError`, `SplitterError`, `PresetError`, `WeightsError` or `DataError` for what cannot be done"
-    find_family(arch)
+    arch_family(arch)
     _check_args(arch, kwargs, weights_file)
     n_out = n_out if n_out is not None else get_c(dls)
     if not n_out: raise SplitterError("The number of classes could not be found in the data. Set `dls.c`, or pass `n_out`.")

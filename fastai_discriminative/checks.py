@@ -43,7 +43,7 @@ class _Case:
     def __init__(self, what, arch=None, x=None, input_size=None):
         self.what,self.x,self.input_size,self.name = what,x,input_size,what if isinstance(what, str) else getattr(what, '__name__', type(what).__name__)
         self.arch = what if isinstance(what, str) else arch
-        if self.arch is not None: find_family(self.arch)
+        if self.arch is not None: arch_family(self.arch)
 
     @cached_property
     def model(self):

@@ -16,9 +16,9 @@ from pathlib import Path
 # %% ../nbs/15_cli.ipynb #9b6fa5c5
 def _groups_of(arch, n_groups=None):
     "Layer groups of timm's `arch`, built without memory for its weights where timm can"
-    from fastai_discriminative.all import find_family,layer_groups
+    from fastai_discriminative.all import arch_family,layer_groups
     from fastai_discriminative.trace import blank_model
-    find_family(arch)
+    arch_family(arch)
     return layer_groups(blank_model(arch), n_groups)
 
 def _cmd_groups(a): print(_groups_of(a.arch, a.n_groups))

@@ -49,7 +49,7 @@ def near_matches(
     n:int=3, # Name at most so many
 )->str: # A sentence with a space in front, or `''` if nothing is near
     "Ask whether one of the closest `names` was meant"
-    near = get_close_matches(str(name), list(names), n=n, cutoff=0.6)
+    near = get_close_matches(str(name), list(dict.fromkeys(names)), n=n, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ''
 
 def list_some(

@@ -158,7 +158,7 @@ def _check_images(res):
     "Raise `DataError` unless `res` can be trained on"
     found = f"{len(res.files)} readable images" + (f" and {len(res.unreadable)} unreadable ones" if res.unreadable else '')
     if not res.files:
-        loose = len(get_image_files(res.path, recurse=False))
+        loose = sum(o.suffix.lower() in image_extensions and not o.name.startswith('.') and o.is_file() for o in res.path.iterdir())
         raise DataError(f"No images to train on in {res.path}: found {found} in {len(_subdirs(res.path))} sub-folders" + (f", and {loose} outside of any class" if loose else '')
             + f". {_layout}")
     train = {o for i,o in enumerate(res.labels) if not (res.is_valid and res.is_valid[i])}

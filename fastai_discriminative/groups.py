@@ -29,7 +29,7 @@ from .layers import *
 # %% ../nbs/02_groups.ipynb #d562612d
 def _partition(layers, k):
     "Where to cut `layers` into `k` runs: the start of each"
-    n,tot = len(layers),sum(l.n_params for l in layers)
+    n,tot = len(layers),sum(l.n_params for l in layers) or 1
     cum = np.concatenate([[0], np.cumsum([(l.n_params/tot + 1/n)/2 for l in layers])])
     inside = np.array([0.] + [(a.stage==b.stage)/(2*k)**2 for a,b in zip(layers, layers[1:])])
     cost,back = cum[1:]**2,np.zeros((k,n), int)

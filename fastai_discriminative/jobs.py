@@ -10,7 +10,7 @@ __all__ = ['run_demo', 'run_finetune', 'run_compare', 'run_predict']
 
 # %% ../nbs/14b_jobs.ipynb #7eefd474
 import itertools,json,os,platform,sys,time
-from contextlib import ExitStack,contextmanager
+from contextlib import ExitStack,contextmanager,suppress
 from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
@@ -158,14 +158,17 @@ def _race(job, compare):
 def _is_taken(path): return any(path.glob('run.json')) or any(path.glob('learner*.pkl'))
 
 def _out_dir(a, name, again):
-    "Make the folder for the results: the one that `a` asks for, or `name`, with a number if another run's are there; if `again`, those are gone on with"
+    "The folder for the results: the one that `a` asks for, or `name`, with a number if another run's are there; if `again`, those are gone on with"
     free = (Path(name+(f'-{i}' if i>1 else '')) for i in itertools.count(1))
     out = Path(a.out).expanduser() if a.out is not None else next(p for p in free if again or not _is_taken(p))
+    if again or not _is_taken(out): return out
+    raise DataError(f"{str(out)!r} holds the results of another run. Name another folder with --out, or replace them with --overwrite.")
+
+def _make(out):
+    "Make the folder `out`, or raise `DataError`"
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise DataError(f"Cannot make the folder {str(out)!r} for the results ({e.strerror}). Name another with --out.") from e
-    if not again and _is_taken(out): raise DataError(f"{str(out)!r} holds the results of another run. Name another folder with --out, or replace them with --overwrite.")
-    if os.access(out, os.W_OK): return out
-    raise DataError(f"The folder {str(out)!r} for the results cannot be written to. Name another with --out.")
+    if not os.access(out, os.W_OK): raise DataError(f"The folder {str(out)!r} for the results cannot be written to. Name another with --out.")
 
 # %% ../nbs/14b_jobs.ipynb #71216863
 @contextmanager
@@ -220,10 +223,14 @@ def _describe(job):
 def _results(a, name, again=False):
     "The folder for the results, which goes again if nothing was put there; torch has the threads that `a` asks for"
     out = _out_dir(a, name, again or a.overwrite)
-    if a.threads: torch.set_num_threads(a.threads)
-    try: yield out
+    new = [o for o in (out, *out.parents) if not os.path.lexists(o)]
+    try:
+        _make(out)
+        if a.threads: torch.set_num_threads(a.threads)
+        yield out
     finally:
-        if out.is_dir() and not any(out.iterdir()): out.rmdir()
+        for o in new:
+            with suppress(OSError): o.rmdir() # one that holds something stays
 
 def _end(job, out, names):
     "Say what was saved, and how it ended"
@@ -300,7 +307,7 @@ def run_demo(
     with _spoken(a) as rec, _results(a, 'discriminative-demo') as out: _train(job, True, out, rec, start)
 
 def _folder_job(a):
-    find_family(a.arch)
+    arch_family(a.arch)
     return _Job(a, folder_images(a.folder), a.arch, a.weights_file, not a.from_scratch)
 
 def run_finetune(

@@ -214,7 +214,8 @@ def _find_layers(model, bb, params, old, x, input_size):
 def _check_arch(arch, bb):
     if arch is None: return
     fam = find_family(arch)
-    if bb is None: return
+    if bb is None or is_family_name(arch) and arch==bb.family.name: return
+    arch_family(arch)
     if isinstance(arch, str): a,b = split_arch(arch)[0],split_arch(bb.arch)[0] or type(bb.module).__name__
     else: a,b = (fam.name if fam.registered else bb.family.name),bb.family.name
     if a==b or (isinstance(arch, str) and split_arch(arch_of(blank_model(a)))[0]==b): return # timm builds `vitamin_xlarge_336` under another's name
@@ -255,8 +256,8 @@ def new_parts(
         if not isinstance(o, (str,nn.Module,Tensor)): raise SplitterError(f"`new` takes names, modules and parameters, not a {type(o).__name__}.")
         names = _part_names(o, params)
         if not names:
-            known = [*params, *mods, *(n.rpartition('.')[2] for n in mods)]
-            raise SplitterError(f"`new` names {o!r}, but nothing in this {type(model).__name__} is called so.{near_matches(o, known)}" if isinstance(o, str)
+            known = [n for n in (*params, *mods, *(n.rpartition('.')[2] for n in mods)) if n and _part_names(n, params)]
+            raise SplitterError(f"`new` names {o!r}, but nothing with parameters in this {type(model).__name__} is called so.{near_matches(o, known)}" if isinstance(o, str)
                 else f"`new` holds a {type(o).__name__} that is no part of this {type(model).__name__}.")
         k = o if isinstance(o, str) else common_name(names) or 'new'
         res[k] = tuple(dict.fromkeys((*res.get(k, ()), *names)))

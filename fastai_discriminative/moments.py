@@ -142,7 +142,7 @@ def read_state(
         if 'hypers' not in sd: res = _wrapped(sd) if wrapped else _in_fastai_names(_wrapped(sd))
         else: res = SavedState(list(sd['state']), list(sd['hypers']), sd.get('names'), sd.get('sizes'), sd.get('opt'))
         damage = _damage(res)
-    except (KeyError,TypeError,ValueError,AttributeError) as e: damage = f"{type(e).__name__}: {e}"
+    except (KeyError,TypeError,ValueError,AttributeError,RuntimeError) as e: damage = f"{type(e).__name__}: {e}"
     if damage: raise OptimizerStateError(f"The saved optimiser state is damaged: {damage}. Load the weights alone with `learn.load(file, with_opt=False)`.")
     return res
 
@@ -190,8 +190,8 @@ def is_hyper(
     v, # Any value
 )->bool: # Is it a finite number of at least 0, or a tensor of one?
     "Could `v` be a hyper-parameter or a count of steps?"
-    if isinstance(v, Tensor): v = v.item() if v.numel()==1 else None
-    return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and v>=0
+    try: return isinstance(v, (Real,Tensor)) and not isinstance(v, bool) and 0<=float(v)<math.inf
+    except (TypeError,ValueError,OverflowError,RuntimeError): return False # not one number, or none that a float can hold
 
 def check_hypers(
     saved:list, # Hyper-parameters in the file, one dict a group
@@ -199,7 +199,7 @@ def check_hypers(
 ):
     "Raise `OptimizerStateError` unless `saved` has numbers for all that `mine` has, and nothing else"
     for i,h in enumerate(saved):
-        if set(h)!=set(mine): raise OptimizerStateError(f"The saved state has the hyper-parameters {list_some(sorted(h), 9)}, and this optimiser has "
+        if set(h)!=set(mine): raise OptimizerStateError(f"The saved state has the hyper-parameters {list_some(sorted(h, key=str), 9)}, and this optimiser has "
             f"{list_some(sorted(mine), 9)}: it was saved by another kind of optimiser.")
         bad = next((k for k,v in h.items() if is_hyper(mine[k]) and not is_hyper(v)), None)
         if bad is not None: raise OptimizerStateError(f"In the saved state, {bad!r} of group {i} is {h[bad]!r}, not a finite number of at least 0.")

@@ -14,7 +14,7 @@ from helpers import *
 # ---- bad input: a clear error, and the learner unchanged
 
 @pytest.mark.parametrize('arch,words', [('resnet10tt', ["'resnet10tt'","'resnet10t'"]), ('convnxt_tiny', ['convnext_tiny']),
-    ('resnet10t.nope', ['nope','c3_in1k']), (None, ['NoneType'])])
+    ('resnet10t.nope', ['nope','c3_in1k']), ('resnet', ["'resnet' is a family","'resnet18'"]), ('tv_resnet', ["'tv_resnet' is a family"]), (None, ['NoneType'])])
 def test_unknown_architectures(dls, arch, words):
     with pytest.raises(FamilyError) as e: discriminative_learner(dls, arch, pretrained=False)
     for w in words: assert w in str(e.value)

@@ -61,6 +61,7 @@ def test_which_checks_apply():
     assert set(splitter_checks(Net))==set(splitter_checks(Net()))=={'rules','numbers','rates','copies','training'}
 
 def test_unknown_architecture():
+    with pytest.raises(FamilyError, match="'resnet' is a family of architectures.*'resnet18'"): splitter_checks('resnet')
     with pytest.raises(FamilyError, match="Did you mean 'test_vit'"): splitter_checks('test_vitt')
 
 def test_the_model_is_left_alone():

@@ -37,7 +37,9 @@ def place(tmp_path_factory):
     _classes(p/'one', ('a',))
     _classes(p/'few', n=1)
     _classes(p/'wide', size=(1,500))
-    for o in ('empty','w.dir'): (p/o).mkdir()
+    for o in ('empty','w.dir','onlyloop'): (p/o).mkdir()
+    (p/'onlyloop'/'x.png').symlink_to(p/'onlyloop'/'x.png')
+    (p/'onlyloop'/'.h.png').write_bytes(b'x')
     (p/'selfloop').symlink_to(p/'selfloop')
     for o in ('afile','w.pth','w.safetensors'): (p/o).write_bytes(b'x')
     return p
@@ -53,16 +55,17 @@ done = [['groups','resnet10t'], ['groups','resnet10t','--n-groups','block'], ['g
 
 refused = [(2, *o) for o in [
     *[(c, 'Unknown architecture') for c in _each(['groups'], '', ' ', '../x', '.', '/', '\udcff', 'resnet18\n', 'a'*5000, 'résnet18', 'resnet10t\0')], (['preset',''], 'Unknown architecture'), (['groups','resnet18.zzz'], 'no pretrained tag'),
+    *[(o, 'is a family of architectures') for o in (['groups','resnet'], ['preset','vit'], ['groups','tv_resnet'], ['finetune','ok','--arch','convnext','--from-scratch'])],
     *[(['groups','resnet10t','--n-groups',o], 'impossible') for o in ('-1','0','1','1000000000')], *[(['groups','resnet10t','--n-groups',o], 'neither a whole number') for o in ('BLOCK','1e3','')],
     (['preset','resnet10t','--bs','1'+'0'*30], 'below a billion'), (['preset','resnet10t','--n-steps','0'], 'at least 1'), (['preset','resnet10t','--size','9'*400], 'from 8 to 8192'),
     ([], 'usage'), (['bogus'], 'invalid choice'), (['groups'], 'required'), (['groups','--'], 'required'), (['demo','--data',''], 'invalid choice'), (['--debug'], 'usage'), (['finetune','ok'], '--arch'),
     *[(_fits(o)[0], 'is no name of a file or folder') for o in ('', 'a\0b', '~nouser/x')], *[(_fits(o)[0], 'is not a folder') for o in ('/dev/null','afile','selfloop')],
-    *[(_fits(o)[0], 'does not exist') for o in ('nowhere','afile/x')], (_fits('ok/a')[0], 'outside of any class'), (_fits('empty')[0], 'No images to train on'), (_fits('tv')[0], 'No images to validate on'),
+    *[(_fits(o)[0], 'does not exist') for o in ('nowhere','afile/x')], (_fits('ok/a')[0], 'outside of any class'), (_fits('empty')[0], 'No images to train on'), (_fits('onlyloop')[0], 'in 0 sub-folders. Expected'), (_fits('tv')[0], 'No images to validate on'),
     (_fits('one')[0], 'Only one class'), (_fits('few')[0], 'Too few images'),
     *[([*_ok,'--size',o], 'from 8 to 8192') for o in ('1','0','-3','1000000000','x')], *[([*_ok,'--bs',o], 'at least 2') for o in ('1','0','1000000000')], *[([*_ok,'--valid-pct',o], 'between 0 and 1') for o in ('0','1','nan')],
     *[([*_ok,'--seed',o], 'from 0 to') for o in ('-1','1'+'0'*30)], ([*_ok,'--threads','1000000000'], 'from 1 to 1024'), ([*_ok,'--workers','1000000'], 'from 0 to 256'), ([*_ok,'--epochs','0'], 'at least 1'),
-    *[([*_ok,'--out',o], 'is no name') for o in ('','x\0y','~nouser/x')], *[([*_ok,'--out',o], 'Cannot make the folder') for o in ('/dev/null','afile','selfloop','afile/x')],
-    *[([*_ok,'--weights-file',o], 'is no name') for o in ('','~nouser/w.pth')], *[(['finetune','ok','--arch','resnet10t','--quiet','--weights-file',o], m) for o,m in
+    *[([*_ok,'--out',o], 'is no name') for o in ('','x\0y','~nouser/x')], *[([*_ok,'--out',o], 'Cannot make the folder') for o in ('/dev/null','afile','selfloop','afile/x','new/deep/'+'a'*300)],
+    (['finetune','ok','--arch','resnet10t','--quiet','--weights-file','w.pth','--out','neu/deep'], 'cannot be read'), *[([*_ok,'--weights-file',o], 'is no name') for o in ('','~nouser/w.pth')], *[(['finetune','ok','--arch','resnet10t','--quiet','--weights-file',o], m) for o,m in
         (('.','No checkpoint'),('w.pth','cannot be read'),('w.safetensors','cannot be read'),('w.dir','No checkpoint'),('/dev/null','No checkpoint'))],
     ([*_ok,'--strategy',''], 'Unknown strategy'), ([*_ok,'--strategy','nope'], 'Unknown strategy'), *[([*_ok,'--lr-low',o], 'positive learning rate') for o in ('nan','inf','0','-1','1e-300')],
     ([*_ok,'--lr-low','1e-3','--lr-high','1e-4'], 'Reversed'), ([*_ok,'--n-groups','-5'], 'impossible'), ([*_ok,'--n-train','1'], 'too few'), (['finetune','ok','--arch',''], 'Unknown architecture')]]

@@ -23,7 +23,7 @@ def _meta(arch, **kwargs):
     "A model without weights, or a real one where the oldest timm cannot make it without"
     try:
         with torch.device('meta'): return timm.create_model(arch, **kwargs)
-    except NotImplementedError: return timm.create_model(arch, **kwargs)
+    except (NotImplementedError,RuntimeError): return timm.create_model(arch, **kwargs)
 
 def _names(model): return [n for n,_ in model.named_parameters()]
 
@@ -550,3 +550,18 @@ def test_check_leaves_the_model_alone(model):
     was = {n:t.clone() for n,t in model.state_dict().items()}
     check_splitter(Splitter(), model)
     assert all(torch.equal(t, was[n]) for n,t in model.state_dict().items()) and all(o.training for o in model.modules())
+
+def test_layers_whose_parameters_are_empty():
+    "They have no sizes that cuts could go by"
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(0))
+        def forward(self, x): return x+self.w.sum()
+    m = nn.Sequential(nn.Sequential(Empty(), Empty()), nn.Linear(4,2))
+    assert [len(ps) for ps in layer_groups(m, x=torch.zeros(1,4))(m)]==[2,2] # empty ones are small, and small ones go together
+
+def test_a_familys_name_as_architecture(model):
+    "It names the right model, or is refused"
+    assert layer_groups(model, arch='resnet').names==layer_groups(model).names
+    with pytest.raises(FamilyError, match="'convnext' is a family of architectures.*'convnext_"): layer_groups(model, arch='convnext')

@@ -55,6 +55,12 @@ def test_a_name_a_module_and_a_parameter_say_the_same():
 
 def test_what_is_named_and_not_there():
     with pytest.raises(SplitterError, match="names 'adaptor'.*Did you mean 'adapter'"): layer_groups(Adapted(), new='adaptor')
+    class Bare(Adapted):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout()
+    with pytest.raises(SplitterError) as e: layer_groups(Bare(), new='drop')
+    assert "nothing with parameters in this Bare is called so" in str(e.value) and 'mean' not in str(e.value), 'a module without parameters is no better name'
     with pytest.raises(SplitterError, match='no part of this Adapted'): layer_groups(Adapted(), new=nn.Linear(2,2))
     with pytest.raises(SplitterError, match='takes names, modules and parameters, not a int'): layer_groups(Adapted(), new=[3])
 
@@ -126,6 +132,19 @@ def test_what_the_user_froze_stays_frozen(opt):
     before = state(learn)
     learn.fit(1, 1e-2)
     assert not any('ema' in n for n in moved(learn, before))
+
+@pytest.mark.parametrize('opt', opts)
+def test_a_norm_that_the_user_froze_stays_frozen_where_all_norms_train(opt):
+    "fastai's optimisers thaw the norms of a group that they freeze"
+    m = timm.create_model('test_resnet', num_classes=3)
+    pinned = {f'layer2.0.bn1.{o}' for o in ('weight','bias')}
+    m.layer2[0].bn1.requires_grad_(False)
+    learn = learner(m, 3, opt_func=opts[opt]).split(train_norm=True)
+    for act in (learn.freeze, learn.unfreeze, lambda: learn.freeze_to(-2)):
+        act()
+        before = state(learn)
+        learn.fit(1, 1e-2)
+        assert not pinned & moved(learn, before) and 'layer2.0.bn2.weight' in moved(learn, before)
 
 @pytest.mark.parametrize('opt', opts)
 def test_freezing_to_a_group_that_is_not_there(opt):

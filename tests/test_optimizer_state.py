@@ -89,10 +89,11 @@ def without(k): return lambda sd: sd['hypers'][1].pop(k)
 def of_first(**kw): return lambda sd: sd['state'][0].update(kw)
 
 @pytest.mark.parametrize('damage,msg', [(with_hyper('lr','1e-3'),"'lr' of group 1 is '1e-3'"), (with_hyper('wd',None),"'wd' of group 1 is None"),
-    (with_hyper('lr',float('nan')),"'lr' of group 1 is nan"), (with_hyper('mom',-1.),"'mom' of group 1 is -1.0"), (with_hyper('eps',True),"'eps' of group 1 is True"),
+    (with_hyper('lr',float('nan')),"'lr' of group 1 is nan"), (with_hyper('lr',torch.ones(7)),"'lr' of group 1 is tensor"), (with_hyper('lr',10**400),"'lr' of group 1 is 1000"), (with_hyper('mom',-1.),"'mom' of group 1 is -1.0"), (with_hyper('eps',True),"'eps' of group 1 is True"),
     (without('sqr_mom'),'another kind'), (with_hyper('beta',.9),'another kind'), (lambda sd: sd['hypers'].pop(),'2 groups of hyper-parameters'),
     (lambda sd: sd['state'].pop(),'9 parameters'), (lambda sd: sd['names'][1].pop(),'names'), (lambda sd: sd['names'].pop(),'names'),
-    (lambda sd: sd.update(hypers=[1,2,3]),'damaged'), (lambda sd: sd.update(state=5),'damaged'), (lambda sd: sd['state'].__setitem__(3, None),'damaged'),
+    (lambda sd: sd.update(hypers=[1,2,3]),'damaged'), (lambda sd: sd.update(state=5),'damaged'), (lambda sd: sd.update(sizes=torch.ones(7)),'damaged'),
+    (lambda sd: sd['state'].__setitem__(3, None),'damaged'),
     (lambda sd: sd.update(names=[['8.bias']*4,['b']*4,['c']*2]),'names'),
     (of_first(grad_avg=1.),'no moments'), (of_first(step='3'),'no moments'), (of_first(step=-1),'no moments'), (of_first(sqr_avg=torch.ones(6,3,3,3, dtype=torch.long)),'no moments')])
 @pytest.mark.parametrize('cuts', [(4,8),(8,)])

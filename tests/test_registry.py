@@ -41,6 +41,7 @@ def test_errors_stand_under_one_base(err):
 
 def test_near():
     assert near_matches('resnt', ['resnet','vgg'])==" Did you mean 'resnet'?"
+    assert near_matches('resnt', ['resnet','resnet'])==" Did you mean 'resnet'?"
     assert near_matches('zzzzzz', ['resnet','vgg'])==''
     assert near_matches(None, ['resnet'])=='' and near_matches('a', [])==''
 

@@ -59,7 +59,7 @@ def readme_md(
     md:str, # Markdown of the index page
     doc_url:str, # Where the site will be published, with a final slash; '' if nowhere yet
     names:dict, # Result of `page_names`
-    nbs:str='nbs', # Folder of the notebooks, as seen from the README
+    nbs:str='nbs', # Folder of the notebooks, as seen from the README; with the repository's address in front, links work on a package index too
 ) -> str: # The README
     "Make links of the index page work outside the site: to the published page, or to the notebook while there is none"
     nb_of = {Path(v).stem:k for k,v in names.items()}
@@ -98,7 +98,8 @@ def main(
     if (cfg.nbs_path/'llms.txt').exists(): shutil.copy(cfg.nbs_path/'llms.txt', docs)
     far = _offline(docs)
     for o in far: print('warning:', o)
-    md,f = readme_md((docs/'index.html.md').read_text(), doc_url, names),cfg.config_path/'README.md'
+    nbs = f"{cfg.git_url}/blob/{cfg.branch}/nbs" if cfg.git_url else 'nbs' # `Repository` under `[project.urls]`
+    md,f = readme_md((docs/'index.html.md').read_text(), doc_url, names, nbs),cfg.config_path/'README.md'
     stale = readme and (not f.exists() or f.read_text()!=md)
     if stale: f.write_text(md)
     if check and (stale or warns or far): raise SystemExit('README.md was out of date' if stale else 'smalldocs warned' if warns else 'a page needs another host')
