@@ -20,6 +20,7 @@ from .groups import *
 from .presets import *
 from .probe import *
 from .learner import *
+from .group_table import *
 from .phases import *
 from .lr_finder import _as_it_was
 

@@ -12,7 +12,7 @@ hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck,given,settings,strategies as st
 from fastai.vision.all import Adam,DataLoader,DataLoaders,Learner,ProgressCallback,RMSProp,SGD,image_extensions,noop
 
-from fastai_discriminative import cli
+from fastai_discriminative import cli,jobs
 from fastai_discriminative.all import *
 from fastai_discriminative.backbone import named_params
 from fastai_discriminative.weights import load_pretrained,timm_model
@@ -214,7 +214,7 @@ def check_op(learn, op, a, fixed):
         what = look(learn)
         f = dict(freeze=learn.freeze, unfreeze=learn.unfreeze).get(op, lambda: learn.freeze_to(op))
         if _error(f): assert not -n<=op<=n and look(learn)==what, 'rule 8: a refused call changes nothing'
-        elif isinstance(op, int): assert learn.opt.frozen_idx==op%n if op!=n else n
+        elif isinstance(op, int): assert learn.true_freeze.asked==(op%n if op!=n else n)<=learn.opt.frozen_idx # groups frozen by hand come on top
         assert not moved(before, values(learn.model)), 'no call changes a weight'
     assert not any(f for n,f in flags(learn.model).items() if n in fixed), 'what the user froze stays frozen'
 
@@ -482,26 +482,31 @@ _paths = ['ok','ok','ok','empty','afile','nowhere','','empty/loop','.','ok/a','a
 _archs = ['test_resnet']*6+['test_vit','resnet18.zzz','','x','resnet','tv_resnet','test_resnet.r160_in1k','../x','é','a'*500]
 _figures = ['1','2','3','8','32','64']*3+['0','-1','1.5','1e-3','1e-4','.5','nan','inf','1'+'0'*30,'','x','block','all','٣',' 2','1_0','0x10']
 _strategies = [*(o.name for o in list_strategies()),'nope','']
-_values = {**{f"--{k}":_figures for k in 'epochs size bs n-groups n-train valid-pct seed seeds threads lr-low lr-high workers n-steps'.split()},
+_values = {**{f"--{k}":_figures for k in 'epochs size bs n-groups n-train valid-pct seed seeds threads lr-low lr-high workers n-steps folds time-limit tta'.split()},
     '--strategy':_strategies, '--out':['out','out/x','afile','','ok'],
-    '--arch':_archs, '--weights-file':_paths, '--data':['clipart','elpv','x'], '--optimizer':['adamw','sgd','adam'], '--folder':_paths}
-_switches = '--quiet --from-scratch --compare --debug --help --version -h --'.split()
+    '--arch':_archs, '--weights-file':_paths, '--data':['clipart','elpv','x'], '--optimizer':['adamw','sgd','adam'], '--folder':_paths, '--csv':['out.csv','out/x.csv','w.pth',''], '--like':_paths, '--positive':['a','x'],
+    '--ensemble':_paths, '--strategies':_strategies}
+_switches = '--quiet --from-scratch --compare --json --overwrite --debug --help --version -h --'.split()
 _options = st.sampled_from(list(_values))
 _pairs = _options.flatmap(lambda k: st.tuples(st.just(k), st.sampled_from(_values[k])))
 _odd = st.one_of(st.sampled_from(_switches), st.text(max_size=6), _options, _pairs.map('='.join)).map(lambda o: (o,))
 words = st.one_of(_pairs, _pairs, _pairs, _odd)
 good = dict(finetune=[('ok','--arch','test_resnet','--from-scratch','--size','32'),('ok','--arch','test_resnet','--weights-file','w.pth','--size','32')],
-    groups=[('test_resnet',)], preset=[('test_resnet',)], families=[()], demo=[()])
+    groups=[('test_resnet',)], preset=[('test_resnet',)], families=[()], demo=[()],
+    predict=[('w.pth','ok')], compare=[('ok','--arch','test_resnet','--from-scratch','--size','32','--strategies','uniform')])
 _starts = st.sampled_from([(c,*o) for c,os in good.items() for o in os])
 def _line(start, more): return [*start, *(o for w in more for o in w)]
 _any = st.tuples(st.sampled_from([*good,'bogus']), st.sampled_from(_paths+_archs))
 lines = st.builds(_line, st.one_of(_starts, st.sampled_from([('finetune',*o) for o in good['finetune']]), _any), st.lists(words, max_size=3))
 
+_work = '_run','compare_strategies','predict_images' # where a command begins to train or predict
+
 def check_line(args):
     "A command ends with a status of the list, and says why"
-    out,err,(_,root),was,race,threads = io.StringIO(),io.StringIO(),place(),os.getcwd(),cli._race,torch.get_num_threads()
+    out,err,(_,root),was,threads = io.StringIO(),io.StringIO(),place(),os.getcwd(),torch.get_num_threads()
     def _stop(*args): raise Stop('would train')
-    cli._race = _stop
+    work = {k:getattr(jobs, k) for k in _work}
+    for k in work: setattr(jobs, k, _stop)
     before = sorted(map(str, root.rglob('*')))
     os.chdir(root)
     status = None
@@ -512,7 +517,7 @@ def check_line(args):
         if '--debug' not in args: raise
         status = 2
     finally:
-        cli._race = race
+        for k,f in work.items(): setattr(jobs, k, f)
         os.chdir(was)
         torch.set_num_threads(threads)
     said = err.getvalue()

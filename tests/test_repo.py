@@ -1,5 +1,5 @@
 "The rules of the repository that no notebook shows: names, docments, cell lengths, the built package, stated versions"
-import ast,builtins,importlib,inspect,json,re,shutil,subprocess,sys,tarfile,zipfile
+import ast,builtins,importlib,inspect,json,re,shutil,subprocess,symtable,sys,tarfile,zipfile
 from collections import Counter
 from pathlib import Path
 from fastcore.docments import docments
@@ -245,3 +245,15 @@ def test_recipes_are_made_from_the_raw_table(tmp_path):
     res = subprocess.run([sys.executable, str(root/'tools/make_recipes.py'), str(root/'tools/recipes_raw.csv'), str(made)], capture_output=True, text=True)
     assert not res.returncode, res.stderr[-2000:]
     assert made.read_bytes()==(pkg/'data/recipes.csv').read_bytes(), 'data/recipes.csv is stale: run `python tools/make_recipes.py`'
+
+def _undefined(table, mod):
+    "(function, name) of what the code of `mod` refers to and nobody defines"
+    for s in table.get_symbols():
+        outer = s.is_global() or table.get_type()=='module'
+        if s.is_referenced() and outer and not hasattr(mod, s.get_name()) and not hasattr(builtins, s.get_name()): yield table.get_name(),s.get_name()
+    for c in table.get_children(): yield from _undefined(c, mod)
+
+@pytest.mark.parametrize('name', mods)
+def test_every_name_is_defined(name):
+    "With star imports no checker sees a name that has moved to another room"
+    assert not set(_undefined(symtable.symtable((pkg/f'{name}.py').read_text(encoding='utf-8'), name, 'exec'), _module(name)))
