@@ -343,7 +343,9 @@ def run_compare(
         _same_case(a, out/'run.json')
         rec.update(_record(a, start))
         with _writing(out): _write_record(out/'run.json', rec)
-        c = compare_strategies(job.ours, a.strategies, a.epochs, a.seeds, monitor='accuracy', fname=out/'comparison.json', bar=sys.stdout.isatty() and not a.quiet)
+        try: c = compare_strategies(job.ours, a.strategies, a.epochs, a.seeds, monitor='accuracy', fname=out/'comparison.json', bar=sys.stdout.isatty() and not a.quiet)
+        finally:
+            if not (out/'comparison.json').exists(): (out/'run.json').unlink() # no fit came to an end
         print(c)
         rec.update(_record(a, start, results=json.loads(c.table().reset_index().to_json(orient='records'))))
         with _writing(out):

@@ -504,7 +504,7 @@ _work = '_run','compare_strategies','predict_images' # where a command begins to
 def check_line(args):
     "A command ends with a status of the list, and says why"
     out,err,(_,root),was,threads = io.StringIO(),io.StringIO(),place(),os.getcwd(),torch.get_num_threads()
-    def _stop(*args): raise Stop('would train')
+    def _stop(*args, **kwargs): raise Stop('would train')
     work = {k:getattr(jobs, k) for k in _work}
     for k in work: setattr(jobs, k, _stop)
     before = sorted(map(str, root.rglob('*')))
