@@ -1,10 +1,8 @@
 """Fine-tune pretrained vision backbones in fastai with the right learning rate in every layer
 
-Pretrained weights are good and want to be fine-tuned, not distorted; a new head is random and has to move fast. fastai can give each group of layers its own learning
-rate, but it knows
-the layers of 21 models only: every timm backbone gets two groups, body and head, so a slice of rates gives the whole body one rate.
-This package knows which layers there are, in which order they run, and at which rates such layers were fine-tuned before. It does so for every timm architecture and for
-models of your own.
+A new head is random and has to move fast; pretrained layers are good and want to be fine-tuned, not distorted. fastai can give each group of layers its own learning rate. But it knows the
+layers of 21 models only: every timm backbone gets two groups, and a freeze that does not quite freeze.
+This package knows the layers of every timm architecture and of models of your own, the rates at which such layers were fine-tuned before, and how to find out what yours can bear.
 The training loop, the data and the callbacks stay fastai's, and nothing changes until you ask for it.
 
 Modules:

@@ -192,7 +192,7 @@ def times_to_reference(self:StrategyComparison,
     for j in _in_order(self):
         if j['strategy']!=name or j['error'] or j['seed'] not in ends: continue
         end = ends[j['seed']]
-        res[j['seed']] = _reached(self, j, end[self.metric])/end['train_s']
+        res[j['seed']] = _reached(self, j, end[self.metric])/end['train_s'] if end['train_s'] else math.nan # a reference that trains nothing
     return res
 
 # %% ../nbs/11_compare.ipynb #00adb727

@@ -42,7 +42,7 @@ def plot_strategy(self:Learner,
     names = self.splitter.find(self.model).names
     ax = group_map(edges, np.maximum(rates, 1e-8), names, 'learning rate', ax, figsize, norm=LogNorm(1e-7, 1e-2))
     for a,b,p in zip([0,*ends], ends, phases):
-        if p.cached: ax.text((a+b)/2, p.frozen%len(names)/2, f'{p.n_epoch} epochs\non cached\nfeatures', ha='center', va='center', fontsize=8)
+        if p.cached: ax.text((a+b)/2, p.frozen%len(names)/2, f'{p.n_epoch} epochs on\ncached features', ha='center', va='center', fontsize=8, rotation=90 if b-a<.3*ends[-1] else 0)
         if b<ends[-1]: ax.axvline(b, color='w', lw=1.5)
     ax.set(xlabel='time (in epochs on images)', title=_called(strategy, phases))
     return ax

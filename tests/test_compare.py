@@ -210,3 +210,9 @@ def test_a_clock_names_what_a_validation_without_a_fit_has():
         loss,acc = learn.validate()
     assert [set(r) for r in clock.rows]==[{'epoch','train_s','train_loss','valid_loss','accuracy'}, {'epoch','train_s','valid_loss','accuracy'}]
     assert (clock.rows[1]['valid_loss'],clock.rows[1]['accuracy'])==pytest.approx((loss,acc))
+
+def test_a_reference_that_trains_nothing_has_no_time_to_compare_with():
+    job = dict(seed=0, n_epoch=1, start=1, error='', score={})
+    jobs = [dict(job, strategy=k, rows=[dict(epoch=1, train_s=s, accuracy=a)]) for k,s,a in (('none',0.,.5), ('some',2.,.6))]
+    c = cm.StrategyComparison(jobs, 'accuracy', 'none')
+    assert math.isnan(c.times_to_reference('some')[0]) and math.isnan(c.table().loc['some','time to reference'])
