@@ -184,5 +184,5 @@ def discriminative_report(self:Learner,
     body = [_history(self), _evidence(getattr(self, 'auto_evidence', None)), _groups(self), _drift(meter), _before(look),
         _section('The code', _box(f'<pre><code>{escape(code)}</code></pre>', 'The code')), _environment(self, seed)]
     fname = Path(fname)
-    with written_aside(fname) as tmp: tmp.write_text(_page(title, '\n'.join(filter(None, body))), encoding='utf-8')
+    with written_aside(fname) as tmp: tmp.write_text(_page(title, '\n'.join(filter(None, body))), encoding='utf-8', errors='replace') # file names need not be valid
     return fname

@@ -134,6 +134,7 @@ class _Recorder(Recorder):
     _stateattrs = (*Recorder._stateattrs,'group_hps','group_sizes')
     def before_fit(self):
         super().before_fit()
+        if self.opt is None: return # an exported learner that predicts
         hypers,names = self.opt.hypers,self.learn.splitter.find(self.model).names if in_layer_groups(self.learn) else ()
         self.group_hps = GroupHypers(names if len(names)==len(hypers) else [f'group {i}' for i in range(len(hypers))], hypers)
         self.group_sizes = None # what `StepMeter` finds

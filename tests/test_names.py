@@ -79,9 +79,9 @@ def test_phases_by_name_are_phases_by_number(dls):
     assert run('head', 'layer4.0', 'stem')==[3,2,0]==run(-1, 2, 0)
 
 def test_a_registered_strategy_by_name(dls):
-    @register_strategy('names of the tests')
+    @register_strategy('names of the tests', 'this test')
     def _f(n_epoch, preset, groups):
-        "For a test"
+        "For a test: the head, then all but the first layers, with rates by name."
         return [Phase(1, preset, frozen='head'), Phase(n_epoch, {'stem':1e-5, 'head':1e-3}, frozen='layer3')]
     learn,spy,hyp = ours(dls),Spy(),Hypers()
     learn.fit_strategy('names of the tests', 1, cbs=[spy, hyp])

@@ -21,7 +21,7 @@ def found(look): return {f.name:f for f in look.findings}
 def learn(dls):
     "Random weights that stand in for pretrained ones"
     set_seed(0)
-    res = ours(dls, metrics=accuracy)
+    res = ours(dls, preset='resnet10t', metrics=accuracy)
     res.pretrained = True
     res.unfreeze()
     res.recorder.values = L() # as after a fit, for `state`

@@ -43,10 +43,10 @@ def test_in_time_changes_nothing():
 def test_the_best_weights_are_left():
     "A strategy that keeps the best ends with it, as after an interrupt"
     learn = _learner()
-    register_strategy('timed', keep_best=True)(lambda n_epoch,preset,groups: [Phase(n_epoch, 1.)]) # so fast that it gets worse again
+    timed = Strategy('timed', lambda n_epoch,preset,groups: [Phase(n_epoch, 1.)], keep_best=True) # so fast that it gets worse again
     learn.split(2)
     learn.preset = Preset(1e-3, 1e-2)
-    with learn.no_bar(), learn.no_logging(): learn.fit_strategy('timed', 1000, cbs=[Slow(), TimeLimit(2/60)])
+    with learn.no_bar(), learn.no_logging(): learn.fit_strategy(timed, 1000, cbs=[Slow(), TimeLimit(2/60)])
     accs = [r[2] for r in learn.recorder.values]
     assert 2<len(accs)<20 and max(accs)>min(accs), accs
     with learn.no_bar(), learn.no_logging(): assert learn.validate()[1]==max(accs)
