@@ -102,7 +102,6 @@ def _add_training(p, size, n_threads, out, n_train, saved='learner.pkl, accuracy
     p.add_argument('--n-groups', type=_n_groups, metavar='N|block', help="number of layer groups with the head's, or 'block' for the finest (default: the family's)")
     p.add_argument('--n-train', type=_n_train, default=n_train, metavar='N|all', help=f"images to train on (default: {n_train or 'all'})")
     p.add_argument('--valid-pct', type=_share, default=.2, help='share of each class to validate on, without a valid folder (default: %(default)s)')
-    p.add_argument('--time-limit', type=_minutes, metavar='MIN', help='stop in so many minutes, and save what was best until then')
     p.add_argument('--quiet', action='store_true', help='no progress bars, no line for each epoch')
     p.add_argument('--out', type=_path, metavar='DIR', help=f"folder for {saved} (default: {out}, with a number if it is taken)")
     _add_common(p, n_threads, 'seed of the split and of the first run')
@@ -112,6 +111,7 @@ def _add_strategy(p):
     "How, and how often, `demo` and `finetune` train"
     p.add_argument('--strategy', metavar='NAME', help="strategy, such as lp_ft or discriminative (default: auto; lp_ft with rates given by hand for pretrained weights)")
     p.add_argument('--seeds', type=_count, default=1, help='number of runs, each with its own seed (default: %(default)s)')
+    p.add_argument('--time-limit', type=_minutes, metavar='MIN', help='stop in so many minutes, and save what was best until then')
 
 def _add_folder(p):
     "Images and weights of one's own"

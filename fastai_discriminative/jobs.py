@@ -87,7 +87,7 @@ class _Job:
         self.size,self.timm_args = _size_args(arch, a.size)
         self.preset = _own_preset(arch, a.bs, getattr(a, 'lr_low', None), getattr(a, 'lr_high', None), pretrained)
         self.n_workers = getattr(a, 'workers', 0)
-        self.limit = TimeLimit(a.time_limit) if a.time_limit else None
+        self.limit = TimeLimit(a.time_limit) if getattr(a, 'time_limit', None) else None
 
     def dls(self): return demo_dls(self.images, self.a.n_train, self.size, self.a.bs, self.a.seed, self.a.valid_pct, self.n_workers)
 
@@ -232,8 +232,9 @@ def _results(a, name, again=False):
         for o in new:
             with suppress(OSError): o.rmdir() # one that holds something stays
 
-def _end(job, out, names):
-    "Say what was saved, and how it ended"
+def _end(job, out, names, learners):
+    "Say what was saved, and how it ended; `learners` are this run's, others are of one that was overwritten"
+    for f in {*out.glob('learner*.pkl')}-{out/o for o in learners}: f.unlink()
     print(f"Saved {', '.join(names)} in {out}.")
     how = f"Stopped {job.stopped}. What was best until then is in {out}."
     if job.stopped=='by Ctrl-C': raise KeyboardInterrupt(how)
@@ -255,7 +256,7 @@ def _train(job, compare, out, rec, start):
         learn.discriminative_report(out/'report.html', f'{job.arch} on {job.images.path.name}', look, seed=job.a.seed)
         _write_history(out/'history.csv', runs)
         _write_record(out/'run.json', rec)
-    _end(job, out, ('learner.pkl','accuracy.png','report.html','history.csv','run.json'))
+    _end(job, out, ('learner.pkl','accuracy.png','report.html','history.csv','run.json'), ['learner.pkl'])
 
 # %% ../nbs/14b_jobs.ipynb #9d9ec856
 def _fold_learners(job, folds, out, runs):
@@ -281,7 +282,6 @@ def _oof_table(p):
 def _train_folds(job, out, rec, start):
     "Train one learner a fold, and put together what they say about the images that they did not train on"
     folds,runs = image_folds(job.images, job.a.folds, job.a.seed),[]
-    for f in out.glob('learner*.pkl'): f.unlink() # of the run that is to be overwritten
     part = copy(job)
     part.images = folds[0]
     _describe(part)
@@ -294,7 +294,7 @@ def _train_folds(job, out, rec, start):
         with written_aside(out/'oof.csv') as tmp: _oof_table(oof).to_csv(tmp, index=False)
         _write_history(out/'history.csv', runs)
         _write_record(out/'run.json', rec)
-    _end(job, out, (f'{len(runs)} learners','oof.csv','history.csv','run.json'))
+    _end(job, out, (f'{len(runs)} learners','oof.csv','history.csv','run.json'), [f'learner-fold{i+1}.pkl' for i in range(len(runs))])
 
 # %% ../nbs/14b_jobs.ipynb #712f98c1
 def run_demo(
@@ -351,7 +351,7 @@ def run_compare(
         with _writing(out):
             _write_record(out/'run.json', rec)
             _save_plot(c, out/'comparison.png')
-        _end(job, out, ('comparison.json','comparison.png','run.json'))
+        _end(job, out, ('comparison.json','comparison.png','run.json'), [])
 
 # %% ../nbs/14b_jobs.ipynb #676d26d7
 def _sample(a):

@@ -184,6 +184,7 @@ def test_folds(photos, tmp_path, capsys):
     assert (oof.label==oof[['probability flags','probability food']].idxmax(1).str.removeprefix('probability ')).all()
     assert main(['finetune',str(photos),*_quick,'--folds','2','--out',str(out),'--overwrite'])==0 and len(list(out.glob('learner-fold?.pkl')))==2
     assert main(['predict',str(out),str(photos/'food'),'--csv',str(tmp_path/'x.csv')])==0
+    assert main(['finetune',str(photos),*_quick,'--out',str(out),'--overwrite'])==0 and [o.name for o in out.glob('learner*')]==['learner.pkl']
 
 def test_compare_goes_on_where_it_stopped(photos, tmp_path, capsys):
     args = ['compare',str(photos),'--arch','test_resnet','--from-scratch','--size','32','--epochs','1','--threads','1','--quiet','--out',str(tmp_path/'c')]
