@@ -176,10 +176,11 @@ _takes_groups('freeze', _freeze)
 def _fine_tune(learn, *args, resume=None, **kwargs):
     if resume is not None: raise ResumeError("`fine_tune` is two fits, and a file holds one. Use `fit_strategy('discriminative', n, resume='file')`.")
     stock,lr = Learner.fine_tune._stock,kwargs.get('base_lr', args[1] if len(args)>1 else None)
-    if not isinstance(lr, (str,Preset)): return stock(learn, *args, **kwargs)
+    if not isinstance(lr, (str,Preset,dict)): return stock(learn, *args, **kwargs)
     b = inspect.signature(stock).bind(learn, *args, **kwargs)
     if 'lr_mult' in b.arguments: raise PresetError("`lr_mult` says how much slower the first layers learn, and so does a preset. Leave one of them out.")
-    _check_preset(learn, lr)
+    if isinstance(lr, dict): lr = _resolve_lr(learn, lr)
+    else: _check_preset(learn, lr)
     def _arg(k): return b.arguments.pop(k, b.signature.parameters[k].default)
     n_epoch,n_frozen,pct,div = map(_arg, ('epochs','freeze_epochs','pct_start','div'))
     more = {k:v for k,v in b.arguments.items() if k not in ('self','base_lr')}
@@ -292,6 +293,7 @@ def _check_preset(learn, lr):
 
 def _resolve_lr(learn, lr, cbs=None, n_epoch=None):
     "What to hand to fastai for `lr`: unchanged unless it is a preset; checked if the learner is split"
+    if isinstance(lr, dict) and not in_layer_groups(learn): raise PresetError("Rates by name need layer groups. Call `learn.split()` first.")
     if isinstance(lr, (str,Preset)): lr = _preset_lrs(learn, _check_preset(learn, lr), cbs, n_epoch)
     elif in_layer_groups(learn) and lr is not None:
         lr = getattr(lr, 'lrs', lr) # of rates that were found

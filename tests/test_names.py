@@ -171,3 +171,10 @@ def test_the_finder_starts_and_ends_by_name(dls):
     learn.lr_find_groups('joint', num_it=24, start_lr={'stem':1e-6, 'head':1e-4}, end_lr={'stem':1e-2, 'head':1.}, stop_div=False)
     assert np.allclose(seen[0], rates_by_name(learn.layer_groups, {'stem':1e-6, 'head':1e-4}))
     with pytest.raises(PresetError, match="'nose'"): learn.lr_find_groups('joint', start_lr={'nose':1e-6})
+
+def test_fine_tune_by_name_and_a_learner_without_groups(dls):
+    learn = ours(dls)
+    learn.fine_tune(1, {'stem':1e-5, 'head':1e-3})
+    assert np.allclose(learn.peak_lrs, rates_by_name(learn.layer_groups, {'stem':1e-5, 'head':1e-3})) and learn.opt.frozen_idx==0
+    for f in ('fit','fit_one_cycle','fine_tune'):
+        with pytest.raises(PresetError, match='need layer groups'): getattr(stock(dls), f)(1, {'head':1e-3})
