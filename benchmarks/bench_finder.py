@@ -3,8 +3,8 @@
     python benchmarks/bench_finder.py [CASE ...] [--seeds 3] [--out benchmarks/results/finder.json]
     python benchmarks/bench_finder.py --damage [CASE ...]                       # the damage of trials of 4, 8 and 12 steps, to results/damage.json
 
-A case is `data-arch-size-images-epochs`, as in `bench_tuned.py`. For each seed the head is trained on cached features, as in the sweep; then each method says which rate the end of the body should have: the trials and the range test along the preset's
-slope of `lr_find_groups`, and fastai's four rules on the curve of that range test. The regret of a rate is read off the sweep's curve for ratio .1: points of test accuracy below the best rate by validation loss. Run again, it goes on where it stopped.
+A case is `data-arch-size-images-epochs`, as in `bench_tuned.py`. For each seed the head is trained on cached features, as in the sweep; then each method says which rate the end of the body should have: the trials, the range test along the preset's
+slope and the search over ratios of `lr_find_groups`, and fastai's four rules on the curve of that range test. The regret of a rate is read off the sweep's curve for ratio .1: points of test accuracy below the best rate by validation loss. Run again, it goes on where it stopped.
 """
 import argparse,json,sys,time
 from pathlib import Path
@@ -34,12 +34,13 @@ def found(case, seed):
     def _timed(k, f):
         start = time.perf_counter()
         r = f()
-        res[k] = dict(lr=r.slice.stop, s=round(time.perf_counter()-start, 1), confidence=r.confidence)
+        res[k] = dict(lr=r.slice.stop, ratio=round(r.slice.start/r.slice.stop, 4), s=round(time.perf_counter()-start, 1), confidence=r.confidence)
         return r
     _timed('trials', lambda: learn.lr_find_groups('trials', n_epoch=int(n_epoch)))
     j = _timed('joint', lambda: learn.lr_find_groups('joint', n_epoch=int(n_epoch)))
     rates,losses = j.curves['all']
     for f in rules: res[f'lr_find, {f.__name__}'] = dict(lr=_suggested(rates, losses, 100, f)*j.slice.stop/j.lrs[-1], s=res['joint']['s'])
+    _timed('ratios', lambda: learn.lr_find_groups('ratios', n_epoch=int(n_epoch)))
     res['preset'] = dict(lr=learn.preset.scaled(*fit_case(learn, n_epoch=int(n_epoch))).lr_high, s=0.)
     return dict(case=case, seed=seed, found=res)
 
@@ -59,10 +60,10 @@ def damage(case):
             res.append(dict(case=case, lr=lr, steps=k, damage=round((_seen(learn, valid)[0]-start)/(chance-start), 3)))
     return res
 
-def sweep_line(data, size):
-    "Rates, points over the head, and validation losses of the sweep's line for ratio .1, means over its seeds"
+def sweep_line(data, size, ratio=.1):
+    "Rates, points over the head, and validation losses of the sweep's line for `ratio`, means over its seeds"
     rs = [json.loads(l) for f in sorted((Path(__file__).parent/'results'/'gpu').glob('sweep-*.jsonl')) for l in f.read_text().splitlines()]
-    rs = [r for r in rs if r.get('how')=='layers' and (r['data'],r['size'],r['n'],r['epochs'],r['norm'],r['ratio'])==(data,size,600,10,'running',.1)]
+    rs = [r for r in rs if r.get('how')=='layers' and (r['data'],r['size'],r['n'],r['epochs'],r['norm'],r['ratio'])==(data,size,600,10,'running',ratio)]
     his = sorted({r['hi'] for r in rs})
     def _mean(f): return [float(np.mean([f(r) for r in rs if r['hi']==h])) for h in his]
     return his,_mean(lambda r: r['end']['test']['acc']-r['head']['test']['acc']),_mean(lambda r: r['end']['valid']['tempered'])
@@ -71,7 +72,9 @@ def with_regrets(row):
     data,_,size,*_ = row['case'].split('-')
     his,gains,losses = sweep_line(data, int(size))
     best = gains[int(np.argmin(losses))]
-    for o in row['found'].values(): o['regret'] = round(100*(best-float(np.interp(math.log(o['lr']), np.log(his), gains))), 2)
+    for k,o in row['found'].items():
+        if k=='ratios': his,gains,_ = sweep_line(data, int(size), min((.01,.1,1.), key=lambda r: abs(math.log(r/o['ratio']))))
+        o['regret'] = round(100*(best-float(np.interp(math.log(o['lr']), np.log(his), gains))), 2)
     return row
 
 def main():

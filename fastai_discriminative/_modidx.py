@@ -1189,6 +1189,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fastai_discriminative/lr_finder.py'),
                                                  'fastai_discriminative.lr_finder._range_test': ( 'lr_finder.html#_range_test',
                                                                                                   'fastai_discriminative/lr_finder.py'),
+                                                 'fastai_discriminative.lr_finder._ratios': ( 'lr_finder.html#_ratios',
+                                                                                              'fastai_discriminative/lr_finder.py'),
                                                  'fastai_discriminative.lr_finder._relative': ( 'lr_finder.html#_relative',
                                                                                                 'fastai_discriminative/lr_finder.py'),
                                                  'fastai_discriminative.lr_finder._scheds': ( 'lr_finder.html#_scheds',

@@ -101,7 +101,7 @@ def test_a_fit_takes_it(trained):
 
 # ---- as it was
 
-@pytest.mark.parametrize('method,opt_func', [('joint',fused_adamw), ('joint',Adam), ('groups',fused_adamw), ('trials',fused_adamw)])
+@pytest.mark.parametrize('method,opt_func', [('joint',fused_adamw), ('joint',Adam), ('ratios',fused_adamw), ('groups',fused_adamw), ('trials',fused_adamw)])
 def test_everything_is_put_back(dls, method, opt_func, monkeypatch):
     monkeypatch.setattr(at, '_most_steps', 2)
     monkeypatch.setattr(at, '_bearable', lambda n: 9.)
@@ -188,3 +188,15 @@ def test_a_look_at_the_data_moves_no_order(learn):
     was = [(dl.rng, dl.rng.getstate()) for dl in learn.dls.loaders]
     one_input(learn), some_batches(learn, 2), some_batches(learn, 1, 1)
     assert [(dl.rng, dl.rng.getstate()) for dl in learn.dls.loaders]==was
+
+def test_a_search_over_ratios_is_a_range_test_for_each(learn):
+    kw = dict(num_it=24, end_lr=1.)
+    found = learn.lr_find_groups('ratios', **kw)
+    tests = {f'ratio {r:g}':learn.lr_find_groups('joint', ratio=r, **kw) for r in (.01,.1,1.)}
+    assert found.curves=={k:t.curves['all'] for k,t in tests.items()}
+    best = min(tests, key=lambda k: min(tests[k].curves['all'][1]))
+    assert found.lrs==tests[best].lrs and f'with {best}' in found.why
+    learn.preset = None
+    assert learn.lr_find_groups('ratios', **kw).lrs==found.lrs
+    with pytest.raises(PresetError, match='one number for'): learn.lr_find_groups('ratios', start_lr=[1e-6]*len(learn.layer_groups))
+    assert len(found.plot().lines)>=4
