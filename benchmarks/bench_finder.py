@@ -1,6 +1,6 @@
 """Which rate does a finder name, and what would training at it have cost? Against the sweep of `bench_gpu.py`; and how long a trial has to be
 
-    python benchmarks/bench_finder.py [CASE ...] [--seeds 3] [--out benchmarks/results/finder.json]
+    python benchmarks/bench_finder.py [CASE ...] [--seeds 3] [--only trials] [--out benchmarks/results/finder.json]
     python benchmarks/bench_finder.py --damage [CASE ...]                       # the damage of trials of 4, 8 and 12 steps, to results/damage.json
 
 A case is `data-arch-size-images-epochs`, as in `bench_tuned.py`. For each seed the head is trained on cached features, as in the sweep; then each method says which rate the end of the body should have: the trials, the range test along the preset's
@@ -23,8 +23,10 @@ from bench_tuned import learner
 cases = [f'{k}-lite0-{size}-600-10' for size in (64,160) for k in ('clipart','elpv','fashion')]
 rules = (valley,steep,minimum,slide)
 
-def found(case, seed):
-    "Rate at the end of the body by each method, and seconds"
+methods = 'trials','joint','ratios'
+
+def found(case, seed, only):
+    "Rate at the end of the body by each of the methods `only`, and seconds"
     data,arch,size,n,n_epoch = case.split('-')
     set_seed(seed)
     learn,res = learner(data, arch, int(size), int(n)),{}
@@ -36,11 +38,14 @@ def found(case, seed):
         r = f()
         res[k] = dict(lr=r.slice.stop, ratio=round(r.slice.start/r.slice.stop, 4), s=round(time.perf_counter()-start, 1), confidence=r.confidence)
         return r
-    _timed('trials', lambda: learn.lr_find_groups('trials', n_epoch=int(n_epoch)))
-    j = _timed('joint', lambda: learn.lr_find_groups('joint', n_epoch=int(n_epoch)))
-    rates,losses = j.curves['all']
-    for f in rules: res[f'lr_find, {f.__name__}'] = dict(lr=_suggested(rates, losses, 100, f)*j.slice.stop/j.lrs[-1], s=res['joint']['s'])
-    _timed('ratios', lambda: learn.lr_find_groups('ratios', n_epoch=int(n_epoch)))
+    for k in only:
+        try: f = _timed(k, lambda: learn.lr_find_groups(k, n_epoch=int(n_epoch)))
+        except ReportError as e:
+            print(case, seed, k, e, flush=True) # it names no rate
+            continue
+        if k!='joint': continue
+        rates,losses = f.curves['all']
+        for rule in rules: res[f'lr_find, {rule.__name__}'] = dict(lr=_suggested(rates, losses, 100, rule)*f.slice.stop/f.lrs[-1], s=res['joint']['s'])
     res['preset'] = dict(lr=learn.preset.scaled(*fit_case(learn, n_epoch=int(n_epoch))).lr_high, s=0.)
     return dict(case=case, seed=seed, found=res)
 
@@ -81,6 +86,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument('cases', nargs='*', metavar='CASE')
     ap.add_argument('--seeds', type=int, default=3)
+    ap.add_argument('--only', nargs='+', choices=methods, default=methods)
     ap.add_argument('--damage', action='store_true')
     ap.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'finder.json')
     a = ap.parse_args()
@@ -90,11 +96,20 @@ def main():
         (a.out.parent/'damage.json').write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1)+'\n')
         return print(*rows, sep='\n')
     res = json.loads(a.out.read_text()) if a.out.exists() else dict(machine=machine(), rows=[])
-    for seed in range(a.seeds):
-        for case in a.cases or cases:
-            if any((r['case'],r['seed'])==(case,seed) for r in res['rows']): continue
-            res['rows'].append(with_regrets(found(case, seed)))
+    for case in a.cases or cases:
+        for seed in range(a.seeds):
+            row = next((r for r in res['rows'] if (r['case'],r['seed'])==(case,seed)), None)
+            todo = [k for k in a.only if row is None or k not in row['found']]
+            if not todo: continue
+            if row is None: res['rows'].append(row := dict(case=case, seed=seed, found={}))
+            row['found'].update(with_regrets(found(case, seed, todo))['found'])
             a.out.write_text(json.dumps(res, indent=1)+'\n')
-            print(case, seed, {k:(f"{o['lr']:.2g}",o['regret'],o['s']) for k,o in res['rows'][-1]['found'].items()}, flush=True)
+            print(case, seed, {k:(f"{row['found'][k]['lr']:.2g}",row['found'][k]['regret'],row['found'][k]['s']) for k in todo if k in row['found']}, flush=True)
+        for k in a.only: print(case, k, stable(res['rows'], case, k), flush=True)
+
+def stable(rows, case, method):
+    "How many seeds of a case there are, and how many of them name rates within one half decade"
+    lrs = [math.log10(r['found'][method]['lr']) for r in rows if r['case']==case and method in r['found']]
+    return len(lrs),max(sum(0<=o-lo<=.5 for o in lrs) for lo in lrs)
 
 if __name__=='__main__': main()

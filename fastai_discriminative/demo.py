@@ -223,6 +223,7 @@ def _split_idxs(fi, seed, valid_pct, n_train):
     first,rest = [o[n] for o,n in zip(by, n_val)],[i for o,n in zip(by, n_val) for i in o[n+1:]]
     rng.shuffle(rest)
     if n_train is not None and n_train<len(first): raise DataError(f"`n_train`={n_train} is too few for {len(first)} classes: at least one image of each is needed.")
+    if not valid: raise DataError(f"No images are left to validate on: all {len(by)} classes of {fi.path} have one image, which is trained on. {_layout}")
     return sorted((first+rest)[:n_train]),sorted(valid)
 
 # %% ../nbs/14_demo.ipynb #e0c20430

@@ -80,7 +80,7 @@ def _range_test(learn, scheds, num_it, stop_div):
 def _suggested(rates, losses, num_it, rule):
     "The rate that fastai's `rule` finds in a curve"
     a,b = num_it//10,len(rates)-5
-    if b-a<6: raise ReportError(f"Only {len(rates)} steps with a finite loss: too few to find a rate. Begin with a lower `start_lr`.")
+    if b-a<6: raise ReportError(f"Only {len(rates)} steps before the loss diverged: too few to find a rate. Begin with a lower `start_lr`, or go on with `stop_div=False`.")
     return float(rule(tensor(rates[a:b]), tensor(losses[a:b]), num_it)[0])
 
 # %% ../nbs/09_lr_finder.ipynb #206e8c96

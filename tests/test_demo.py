@@ -182,3 +182,7 @@ def test_table_and_plot(tmp_path):
     assert len(lines)==7 and lines[5].split()==['one','mean','2','65.0%','3.5','s']
     plot_runs(runs, tmp_path/'a.png')
     assert Image.open(tmp_path/'a.png').size==(1050,630) and [o.name for o in tmp_path.iterdir()]==['a.png']
+
+def test_one_image_a_class_leaves_none_to_validate_on(tmp_path):
+    with pytest.raises(DataError, match='No images are left to validate on: all 4 classes'): demo_dls(_make(tmp_path/'few', 1, 'abcd'))
+    assert len(demo_dls(_make(tmp_path/'more', 2, 'abcd'), size=16).valid_ds)==4
