@@ -78,8 +78,8 @@ def with_regrets(row):
     his,gains,losses = sweep_line(data, int(size))
     best = gains[int(np.argmin(losses))]
     for k,o in row['found'].items():
-        if k=='ratios': his,gains,_ = sweep_line(data, int(size), min((.01,.1,1.), key=lambda r: abs(math.log(r/o['ratio']))))
-        o['regret'] = round(100*(best-float(np.interp(math.log(o['lr']), np.log(his), gains))), 2)
+        xs,ys = (his,gains) if k!='ratios' else sweep_line(data, int(size), min((.01,.1,1.), key=lambda r: abs(math.log(r/o['ratio']))))[:2]
+        o['regret'] = round(100*(best-float(np.interp(math.log(o['lr']), np.log(xs), ys))), 2)
     return row
 
 def main():
