@@ -20,6 +20,7 @@ from fastprogress.fastprogress import progress_bar
 
 from .core import *
 from .files import *
+from .pictures import *
 from .probe import *
 from .best import _lower_is_better
 from .phases import *
@@ -218,8 +219,6 @@ def table(self:StrategyComparison,
     return pd.DataFrame([_table_row(self, n, k, _last(self, self.reference, k)) for n in self.names]).set_index('strategy')
 
 # %% ../nbs/11_compare.ipynb #95398606
-_palette = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split() # Okabe and Ito's, which colour-blind people can tell apart
-
 def _curve(c, name):
     "Mean training seconds, mean metric and half the interval, epoch by epoch"
     js = [j['rows'] for j in c.jobs if j['strategy']==name and not j['error'] and j['rows']]
@@ -236,8 +235,8 @@ def plot(self:StrategyComparison,
     ax,metric = ax or plt.subplots(figsize=(7.5,4.5), layout='constrained')[1],self.metric
     for i,n in enumerate([o for o in names or self.names if _last(self, o)]):
         x,m,h = _curve(self, n)
-        c = _palette[i%len(_palette)]
-        ax.plot(x, m, color=c, ls=('-','--',':')[i//len(_palette)%3], marker='osD^vPX'[i%7], ms=4, markevery=[len(x)-1], lw=1.8, label=n)
+        c = okabe_ito[i%len(okabe_ito)]
+        ax.plot(x, m, color=c, ls=('-','--',':')[i//len(okabe_ito)%3], marker='osD^vPX'[i%7], ms=4, markevery=[len(x)-1], lw=1.8, label=n)
         if not math.isnan(h[-1]): ax.fill_between(x, np.subtract(m, h), np.add(m, h), color=c, alpha=.12, lw=0)
     ax.set(xlabel='training time (s), validation not counted', ylabel=f'validation {metric}', xlim=(0,None))
     ax.grid(alpha=.25)

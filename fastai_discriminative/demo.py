@@ -22,6 +22,7 @@ import timm
 from fastai.vision.all import *
 from .core import *
 from .files import *
+from .pictures import *
 from .compare import TrainClock
 _all_ = ['DataError']
 
@@ -295,7 +296,7 @@ def runs_table(
     return '\n'.join([head]+[f'{h:{w}}  {s:>5}  {n:>6}  {100*a:>8.1f}%  {t:>7.1f} s' for h,s,n,a,t in rows])
 
 # %% ../nbs/14_demo.ipynb #dbba6686
-_okabe_ito,_markers = '#0072B2 #D55E00 #009E73 #CC79A7'.split(),'osD^'
+_markers = 'osD^'
 
 def _mean_rows(rs): return [{k:_mean([r.rows[i][k] for r in rs]) for k in ('train_s', rs[0].metric)} for i in range(min(len(r.rows) for r in rs))]
 
@@ -310,7 +311,7 @@ def plot_runs(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7,4.2), layout='constrained')
     ax,metric = fig.subplots(),runs[0].metric
-    for h,c,m in zip(_hows(runs), _okabe_ito, _markers):
+    for h,c,m in zip(_hows(runs), okabe_ito, _markers):
         rs = [o for o in runs if o.how==h]
         if len(rs)>1:
             for r in rs: _plot_line(ax, r.rows, metric, color=c, lw=.7, alpha=.4)

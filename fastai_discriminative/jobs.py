@@ -9,16 +9,16 @@ takes the place of another run's results unasked, and Ctrl-C keeps what was best
 __all__ = ['run_demo', 'run_finetune', 'run_compare', 'run_predict']
 
 # %% ../nbs/14b_jobs.ipynb #7eefd474
-import itertools,json,os,platform,sys,time
+import itertools,json,os,sys,time
 from contextlib import ExitStack,contextmanager,suppress
 from copy import copy
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt, pandas as pd, timm, torch
 from fastai.metrics import accuracy
 from fastai.vision.learner import vision_learner
+from scipy.stats import binomtest
 
 from .core import *
 from .files import *
@@ -178,13 +178,11 @@ def _writing(out):
     except (OSError,RuntimeError) as e: raise DataError(f"Cannot write the results to {str(out)!r} ({e}). Is the disk full? Name another folder with --out.") from e
 
 # %% ../nbs/14b_jobs.ipynb #92b69ad8
-def _versions(): return {'python':platform.python_version(), **{k:version(k) for k in ('fastai_discriminative','fastai','timm','torch')}}
-
 def _record(a, start, **found):
     "What `run.json` says of the command with the arguments `a`"
     args = {k:v for k,v in vars(a).items() if k not in ('f','debug')}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
-    return dict(arguments=args, versions=_versions(), device=device, seconds=round(time.perf_counter()-start, 1), **found)
+    return dict(arguments=args, versions=run_versions(), device=device, seconds=round(time.perf_counter()-start, 1), **found)
 
 def _runs_record(runs): return [dict(how=r.how, seed=r.seed, accuracy=r.score, train_s=r.train_s) for r in runs]
 
@@ -286,9 +284,10 @@ def _train_folds(job, out, rec, start):
     part.images = folds[0]
     _describe(part)
     oof = fold_predictions(_fold_learners(job, folds, out, runs))
-    n,half = len(oof.labels),1.96*(oof.accuracy*(1-oof.accuracy)/len(oof.labels))**.5
+    n = len(oof.labels)
+    sure = binomtest(round(n*oof.accuracy), n).proportion_ci(method='wilson')
     print('\n'+runs_table(runs))
-    print(f'\nOut of fold: {100*oof.accuracy:.1f} % of {n} images, give or take {100*half:.1f} points. Training time without validation.')
+    print(f'\nOut of fold: {100*oof.accuracy:.1f} % of {n} images, {100*sure.low:.1f} to {100*sure.high:.1f} with 95 % certainty (Wilson). Training time without validation.')
     rec.update(_record(job.a, start, results=_runs_record(runs), out_of_fold=oof.accuracy, stopped=job.stopped))
     with _writing(out):
         with written_aside(out/'oof.csv') as tmp: _oof_table(oof).to_csv(tmp, index=False)

@@ -108,7 +108,7 @@ def _classes(learn):
 
 def _preds(learn, dl, tta, seed):
     "Predictions of `learn` for `dl`, by fastai"
-    quiet = nullcontext() if getattr(learn, 'progress', None) is None or sys.stderr.isatty() or IN_NOTEBOOK else learn.no_bar()
+    quiet = nullcontext() if getattr(learn, 'progress', None) is None or sys.stdout.isatty() or IN_NOTEBOOK else learn.no_bar()
     with same_random(), quiet:
         set_seed(seed)
         return (learn.tta(dl=dl, n=tta) if tta else learn.get_preds(dl=dl))[0].float().cpu()

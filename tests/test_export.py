@@ -1,5 +1,5 @@
 "An export made by an older version loads after rooms and names have moved, and says the same; without this package its weights can be read"
-import pickle,pickletools,sys,types,zipfile
+import pickle,pickletools,sys,zipfile
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +11,12 @@ from fastai.learner import load_learner
 from fastai.vision.core import PILImage
 
 from fastai_discriminative.all import *
-from fastai_discriminative.files import moved_names
 from helpers import plain,own_net,same,weights
 
 file = Path(__file__).parent/'data'/'export_96295fc.pkl' # by the version of that commit, from a `test_vit` of two blocks, three groups, after `lp_ft`
 predicted = [0.013461, 0.596971, 0.389568] # by the learner that was exported
 
-# What exports hold of ours. Once released, such a name stays within a major version: `moved_names` says where it is now
+# What exports hold of ours. Once released, such a name stays within a major version, in the room where it was
 held = {'freeze TrueFreeze', 'groups LayerGroup', 'groups LayerGroups', 'groups Splitter', 'layers ModelMap', 'optimizer fused_adamw', 'optimizer fused_sgd', 'paths ModelLayer', 'presets Preset',
     'presets RateLaw', 'ranks ReducedParams', 'schedules _Recorder', 'schedules _SmoothLoss', 'trace ModelTrace',
     'best KeepBest', 'compare TrainClock', 'fast_math FastMath', 'features CachedFeatures', 'phases KeepBest', 'phases StrategyRun', 'report DistortionMeter',
@@ -32,7 +31,7 @@ def names_in(path):
 def picture(): return PILImage.create(np.random.default_rng(1).integers(0, 255, (32,32,3), dtype=np.uint8))
 
 def load_old():
-    pytest.importorskip('fasttransform') # fastai 2.8, which wrote it
+    pytest.importorskip('fasttransform', reason='the file was written by fastai 2.8, whose transforms are of this package')
     return load_learner(file)
 
 def test_an_export_of_an_older_version_predicts_as_it_did():
@@ -61,14 +60,6 @@ def test_names_in_exports_stay(dls, tmp_path):
     learn.fit_one_cycle(1, 'preset')
     learn.export('e.pkl')
     assert names_in(file)<=held and 6<len(now := names_in(tmp_path/'e.pkl')) and now<=held, 'add them to `held`'
-
-def test_moved_names_are_found_by_pickle(monkeypatch):
-    room = types.ModuleType('fastai_discriminative.attic')
-    monkeypatch.setitem(sys.modules, room.__name__, room)
-    with pytest.raises(AttributeError): pickle.loads(b'cfastai_discriminative.attic\nCut\n.')
-    room.__getattr__ = moved_names(room.__name__, {'Cut':'groups.Splitter'})
-    assert pickle.loads(b'cfastai_discriminative.attic\nCut\n.') is Splitter
-    with pytest.raises(AttributeError, match="'Other'"): pickle.loads(b'cfastai_discriminative.attic\nOther\n.')
 
 class Missing:
     def __init__(self, *args, **kwargs): pass

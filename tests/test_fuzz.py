@@ -8,7 +8,7 @@ os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 import pytest,timm,torch
 from PIL import Image
 from torch import nn
-hypothesis = pytest.importorskip('hypothesis')
+hypothesis = pytest.importorskip('hypothesis', reason='of the extra `dev`, which an environment of the oldest versions has not')
 from hypothesis import HealthCheck,given,settings,strategies as st
 from fastai.vision.all import Adam,DataLoader,DataLoaders,Learner,ProgressCallback,RMSProp,SGD,image_extensions,noop
 
@@ -19,7 +19,6 @@ from fastai_discriminative.weights import load_pretrained,timm_model
 from fastai_discriminative.core import DataError,DiscriminativeError
 from fastai_discriminative.demo import demo_dls,folder_images
 
-pytestmark = pytest.mark.skipif(os.name=='nt', reason='Windows has no such names and links')
 ends = Counter() # how the cases of a property ended
 
 def _error(f):
@@ -550,7 +549,9 @@ def run(name, n, seed=None, faults=None):
     _f = config(given(st.tuples(*given_by))(_f))
     (_f if seed is None else hypothesis.seed(seed)(_f))()
 
-@pytest.mark.parametrize('name', properties)
+_posix = pytest.mark.skipif(os.name=='nt', reason='Windows has no such names and links')
+
+@pytest.mark.parametrize('name', [pytest.param(o, marks=_posix) if o in ('folders','lines') else o for o in properties])
 def test_random(name): run(name, properties[name][2])
 
 def _kind(e):

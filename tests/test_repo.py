@@ -151,7 +151,7 @@ def test_the_citation_states_the_version():
 @pytest.mark.parametrize('links,nbs,want', [('[a](groups.html#x) [b](https://x.org/y.html)', 'nbs', '[a](nbs/02_groups.ipynb) [b](https://x.org/y.html)'),
     ('[a](groups.html)', 'https://x.org/r/blob/main/nbs', '[a](https://x.org/r/blob/main/nbs/02_groups.ipynb)')])
 def test_links_of_the_readme(links, nbs, want, monkeypatch):
-    pytest.importorskip('smalldocs')
+    pytest.importorskip('smalldocs', reason='of the extra `dev`: the builder of the website')
     monkeypatch.syspath_prepend(root/'tools')
     md = importlib.import_module('build_docs').readme_md(links, '', {'02_groups.ipynb':'groups.ipynb'}, nbs)
     assert md.endswith(want)
