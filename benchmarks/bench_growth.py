@@ -17,7 +17,8 @@ from fastai.vision.all import *
 
 from fastai_discriminative.all import *
 from fastai_discriminative.files import written_aside
-from fastai_discriminative.demo import _markers,_okabe_ito,lite0_weights
+from fastai_discriminative.demo import _markers,lite0_weights
+from fastai_discriminative.pictures import okabe_ito
 from bench_frozen import Peak,make_learner,measure,medians,memory_dls,paired,quiet_fit,status_mb,step,timed,work,write
 from bench_step import machine,one_run
 
@@ -194,7 +195,7 @@ def worse(summary, tol=1.1):
 
 def line(ax, i, xs, ys, label, linear=False, **kw):
     "A line in the colour and with the marker of number `i`; dashed beside it what linear growth from the first point would be"
-    kw = dict(dict(color=_okabe_ito[i%4], marker=_markers[i%4], lw=2, ms=6), **kw)
+    kw = dict(dict(color=okabe_ito[i%4], marker=_markers[i%4], lw=2, ms=6), **kw)
     ax.plot(xs, ys, label=label, **kw)
     if linear: ax.plot(xs, [ys[0]*x/xs[0] for x in xs], '--', color=kw['color'], lw=1, alpha=.6)
 
@@ -245,7 +246,7 @@ def plot_processes(ax, s):
         if mode not in s: continue
         xs,ys = [p['n'] for p in s[mode]['points']],[p[k] for p in s[mode]['points']]
         line(ax, i, xs, ys, label)
-        ax.plot(xs, [ys[0]/x for x in xs], '--', color=_okabe_ito[i], lw=1, alpha=.6)
+        ax.plot(xs, [ys[0]/x for x in xs], '--', color=okabe_ito[i], lw=1, alpha=.6)
     ax.set(title='Processes, one thread each', xlabel='processes', ylabel='seconds', xlim=(.8,2.2), xticks=[1,2], yscale='log')
 
 def finish(ax, dashed, below):
