@@ -1,17 +1,32 @@
 """Run every notebook in a process of its own: notebooks define anew what the package patches into `Learner`, and the next notebook must not meet it
 
 `nbdev-test` gives several notebooks to one process, in which order chance decides which of them see the patches of which.
+The processes are forked from one that has imported fastai, so that no notebook waits for that. What this package patches is not there yet.
 """
-import subprocess,sys
+import multiprocessing,os,sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from fastcore.script import call_parse
+from nbdev.config import get_config
 from nbdev.doclinks import nbglob
+from nbdev.test import test_nb
 
-def _test(path, save):
-    "Exit status and output of one notebook's test"
-    res = subprocess.run(['nbdev-test', str(path), '--do-print', *['--save']*save], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(res.stdout, flush=True)
-    return path,res.returncode
+_fork = multiprocessing.get_context('forkserver')
+_fork.set_forkserver_preload(['fastai.vision.all','timm','nbdev.test','nbdev.showdoc'])
+
+def _run(path, save):
+    "In a process of its own: test one notebook"
+    cfg = get_config()
+    os.chdir(cfg.nbs_path)
+    passed,_ = test_nb(path, skip_flags=cfg.tst_flags, basepath=cfg.config_path, do_print=True, save=save)
+    sys.exit(not passed)
+
+def _test(save, path):
+    "Exit status of one notebook's test"
+    p = _fork.Process(target=_run, args=(path, save))
+    p.start()
+    p.join()
+    return path,p.exitcode
 
 # The slowest first, so that no process waits for them at the end
 _slow = 'compare strategies report auto demo performance learner'.split()
@@ -20,13 +35,15 @@ def _order(p):
     "Tutorials, then slow notebooks, then the others by name"
     return 'tutorials' not in p.parts, next((i for i,o in enumerate(_slow) if o in p.stem), len(_slow)), p.name
 
-@call_parse
+@call_parse(pos=['path'])
 def main(
+    path:str=None, # A notebook or a folder of them; all if left out
     n_workers:int=2, # Notebooks at a time
     save:bool=False, # Write outputs back to notebooks on success?
 ):
-    "Test all notebooks, and fail if one of them does"
-    with ThreadPoolExecutor(n_workers) as ex: done = list(ex.map(lambda p: _test(p, save), sorted(nbglob(as_path=True), key=_order)))
+    "Test notebooks, and fail if one of them does"
+    nbs = [o.absolute() for o in sorted(nbglob(path, as_path=True), key=_order)]
+    with ThreadPoolExecutor(n_workers) as ex: done = list(ex.map(partial(_test, save), nbs))
     bad = [str(p) for p,rc in done if rc]
     print(f"{len(done)-len(bad)} of {len(done)} notebooks pass" + (f"; these do not: {', '.join(bad)}" if bad else ''))
     sys.exit(bool(bad))
