@@ -190,7 +190,7 @@ class Order(nn.Module):
 def test_layers_that_run_again_stay_in_a_chain(order):
     "`a` runs on what `m`, `n` gave, which it hid: `c`, `d` were a branch beside those, and `n` stood in a group behind `c`"
     m,x,names = Order(order),torch.zeros(2,4),[*dict.fromkeys(order)]
-    for k in ('block', *range(3, len(names)+1)): check_splitter(Splitter(groups=layer_groups(m, k, x=x)), m, x=x)
+    for k in ('block', *range(2, len(names)+1)): check_splitter(Splitter(groups=layer_groups(m, k, x=x)), m, x=x)
     mm = model_map(m, x=x)
     assert [l.name for l in mm.layers]==names[:-1] and {l.run for l in mm.layers}=={0}
     assert [l.depth for l in mm.layers]==[i/len(mm.layers) for i in range(len(mm.layers))]
