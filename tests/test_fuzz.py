@@ -346,6 +346,7 @@ def check_loaded(sd, model, changes):
     if any(c[0]=='double' for c in changes): return
     for k,v in model.state_dict().items():
         if not isinstance(o := sd.get(k), torch.Tensor): continue
+        if _plain(o) and o.shape==(1,) and v.ndim==0: o = o[0] # as torch before 0.4 saved a number
         assert _plain(o) and _same(o.detach().to(v.dtype), v), f'{k}: the weights are those of the file'
 
 def check_refused(e, sd, changes):
