@@ -73,7 +73,7 @@ def _feeds(layers, tr):
         inp = not src or any(src[b][1] for b in _bits(fed))
         for i in mine: feeds[i] |= {j for j in frm|mine if j<i}
         if inp: seen |= mine
-        src.append((mine or frm, inp and not mine))
+        src.append((mine|{j for j in frm if j>max(mine, default=-1)}, inp and not mine)) # a layer that runs again hides no later one that feeds it
     last = set().union(*(src[b][0] for b in _bits(tr.ends)), *feeds)
     for i in range(1, n):
         if not feeds[i] and i not in seen or i-1 not in last: feeds[i].add(i-1)

@@ -77,9 +77,20 @@ def _value_fault(v, own, is_var):
 
 def _variances(model):
     "Names of the running variances in norm layers of `model`"
-    return {f'{n}.running_var'.lstrip('.') for n,m in model.named_modules() if 'running_var' in m._buffers and (isinstance(m, _NormBase) or 'Norm' in type(m).__name__)}
+    return {f'{n}.running_var'.lstrip('.') for n,m in model.named_modules(remove_duplicate=False)
+        if 'running_var' in m._buffers and (isinstance(m, _NormBase) or 'Norm' in type(m).__name__)}
 
 def _is_mask(v, own): return not v.isnan().any() and torch.equal(v.isinf().to(own.device), own.isinf())
+
+# %% ../nbs/05e_weights.ipynb #df13b011
+def _first_names(model):
+    "Name in `model.state_dict()` -> the first name of the same tensor"
+    first,own = {},model.state_dict(keep_vars=True)
+    return {k:first.setdefault(id(o), k) for k,o in own.items()}
+
+def _differ(a, b, own):
+    "Are `a` and `b` different values for the model's tensor `own`?"
+    return own.layout is torch.strided and not (own.is_meta or own.is_quantized) and not torch.equal(a.detach().to(own), b.detach().to(own))
 
 # %% ../nbs/05e_weights.ipynb #a9cd8688
 def check_values(
@@ -89,13 +100,15 @@ def check_values(
 ):
     "Raise `WeightsError` that names the tensors of `sd` whose values make no sense in `model`"
     if not isinstance(sd, Mapping): raise WeightsError(f"{what} holds no model weights, but a {type(sd).__name__}.")
-    own,bad,masks,var = model.state_dict(),{},None,_variances(model)
+    own,bad,masks,var,first,held = model.state_dict(),{},None,_variances(model),_first_names(model),{}
     for k,v in sd.items():
         if not (isinstance(v, Tensor) and isinstance(own.get(k), Tensor)): continue
         fault = _value_fault(v, own[k], k in var)
         if fault=='is not finite':
-            if masks is None: masks = {n for n,_ in model.named_buffers() if 'running_' not in n}
+            if masks is None: masks = {n for n,_ in model.named_buffers(remove_duplicate=False) if 'running_' not in n}
             if k in masks and v.shape==own[k].shape and _is_mask(v, own[k]): continue
+        k0 = held.setdefault(first[k], k)
+        if not fault and k0 not in bad and k0!=k and _differ(v, sd[k0], own[k]): fault = f'differs from {k0!r}, which is the same tensor in the model'
         if fault: bad[k] = fault
     if not bad: return
     why = " Its training had diverged, or the file is damaged: use an earlier checkpoint." if 'is not finite' in bad.values() else ''
@@ -189,13 +202,13 @@ def from_state(
     return model
 
 # %% ../nbs/05e_weights.ipynb #db9ed395
-def _check_parts(model, sd, own, lacking, what):
+def _check_parts(model, sd, first, lacking, what):
     "Raise `WeightsError` if the file `sd` has more layers in a part of `model` than it, or weights without the running statistics they were trained with"
-    parts,mods = {n for n,_ in model.named_children()},{n for n,_ in model.named_modules()}
+    parts,mods = model._modules.keys(),{n for n,_ in model.named_modules(remove_duplicate=False)}
     more = [k for k in sd if k.partition('.')[0] in parts and k.rpartition('.')[0] not in mods]
     if more: raise WeightsError(f"{what} does not fit this {type(model).__name__}: it has {list_some(more, 3)}, which the model has not. Load it into the model that it was saved from.")
-    there = {n.rpartition('.')[0] for n in named_params(model) if n not in lacking}
-    bare = [k for k in own if k not in sd and '.running_' in f'.{k}' and k.rpartition('.')[0] in there]
+    there,given = {n.rpartition('.')[0] for n in named_params(model) if n not in lacking},{first[k] for k in sd if k in first}
+    bare = [k for k,k0 in first.items() if k0 not in given and '.running_' in f'.{k}' and k.rpartition('.')[0] in there]
     if bare: raise WeightsError(f"{what} has weights of norm layers without their running statistics, such as {list_some(bare, 3)}. Save the model's whole `state_dict()`.")
 
 # %% ../nbs/05e_weights.ipynb #813bd0be
@@ -209,10 +222,12 @@ def load_pretrained(
     mine = {k:v for k,v in sd.items() if k in ps}
     bad = [k for k,v in mine.items() if v.shape!=ps[k].shape]
     if bad: raise WeightsError(f"{what} does not fit this {type(model).__name__}: {list_some(bad, 3)} have other shapes. Give those layers other names, or load another file.")
-    lacking = [n for n in named_params(model) if n not in mine]
+    first = _first_names(model)
+    given = {first[k] for k in mine}
+    lacking = [n for n in named_params(model) if first.get(n) not in given]
     if 2*len(lacking)>len(named_params(model)):
         raise WeightsError(f"{what} lacks {len(lacking)} of {len(named_params(model))} parameters, such as {list_some(lacking, 3)}.{near_matches(lacking[0], sd)}")
-    _check_parts(model, sd, ps, lacking, what)
+    _check_parts(model, sd, first, lacking, what)
     load_whole(model, mine, what, strict=False)
     model.not_in_checkpoint = tuple(lacking)
     return lacking

@@ -151,6 +151,29 @@ def test_a_variance_is_one_by_its_module(tmp_path):
     torch.save(LogVariance().state_dict(), tmp_path/'f.pth')
     assert load_pretrained(LogVariance(), tmp_path/'f.pth')==[]
 
+class Shared(nn.Module):
+    "A norm that stands in it twice, and a tied weight"
+    def __init__(self):
+        super().__init__()
+        self.a,self.norm,self.b,self.fc = nn.Linear(4,4),nn.BatchNorm1d(4),nn.Linear(4,4),nn.Linear(4,2)
+        self.again,self.b.weight = self.norm,self.a.weight
+
+def test_what_a_model_has_under_two_names(tmp_path):
+    "A file has all names, or one of them, as safetensors keeps one: the whole model is loaded"
+    sd,file = {k:v+1 for k,v in Shared().state_dict().items()},tmp_path/'f.pth'
+    for gone in (), ('again','b.weight'), ('norm','a.weight'):
+        torch.save({k:v for k,v in sd.items() if not k.startswith(gone or '-')}, file)
+        assert load_pretrained(m := Shared(), file)==[] and same(m.state_dict(), sd)
+
+@pytest.mark.parametrize('k,v,why', [('again.running_var', -torch.ones(4), 'is a variance of -1'), ('b.weight', torch.ones(4,4), "differs from 'a.weight'"),
+    ('again.bias', torch.ones(4), "differs from 'norm.bias'"), ('again.num_batches_tracked', torch.tensor(5), "differs from 'norm.num_batches_tracked'")])
+def test_two_values_for_one_tensor(tmp_path, k, v, why):
+    m,file = Shared(),tmp_path/'f.pth'
+    sd = {n:o.clone() for n,o in m.state_dict().items()}
+    torch.save({**sd, k:v}, file)
+    with pytest.raises(WeightsError, match=f"'{k}' {why}"): load_pretrained(m, file)
+    assert same(m.state_dict(), sd)
+
 def test_parts_that_the_model_lacks_as_a_whole_are_left_out(tmp_path):
     sd = {**own().state_dict(), 'decoder.0.weight':torch.zeros(3)}
     torch.save(sd, tmp_path/'f.pth')

@@ -176,6 +176,34 @@ def test_shared_and_unused_parameters():
     assert df.loc['idle','unused'] and not df.loc['a.weight','unused']
     assert df.loc['a.weight','place']==0 and pd.isna(df.loc['idle','place'])
 
+class Order(nn.Module):
+    "Linear layers of these names that run in this order"
+    def __init__(self, order):
+        super().__init__()
+        for n in dict.fromkeys(order): setattr(self, n, nn.Linear(4,4))
+        self.order = order
+    def forward(self, x):
+        for n in self.order: x = getattr(self, n)(x)
+        return x
+
+@pytest.mark.parametrize('order', ['amnacdnf','amacdmf','abcabdbecf'])
+def test_layers_that_run_again_stay_in_a_chain(order):
+    "`a` runs on what `m`, `n` gave, which it hid: `c`, `d` were a branch beside those, and `n` stood in a group behind `c`"
+    m,x,names = Order(order),torch.zeros(2,4),[*dict.fromkeys(order)]
+    for k in ('block', *range(2, len(names)+1)): check_splitter(Splitter(groups=layer_groups(m, k, x=x)), m, x=x)
+    mm = model_map(m, x=x)
+    assert [l.name for l in mm.layers]==names[:-1] and {l.run for l in mm.layers}=={0}
+    assert [l.depth for l in mm.layers]==[i/len(mm.layers) for i in range(len(mm.layers))]
+
+@pytest.mark.parametrize('new', [(), ['a.bias']], ids=['old','new'])
+def test_a_tied_weight_that_runs_again_behind_other_layers(new):
+    "`a` has the weight of `b`; without its bias, that is new, it is `b` running again"
+    m,x = Order('bmacdmf'),torch.zeros(2,4)
+    m.a.weight = m.b.weight
+    gs = layer_groups(m, 'block', x=x, new=new)
+    assert [gs.where[f'{n}.weight'] for n in 'bmcd']==[0,1,2,3]
+    for k in range(2+len(new), len(gs)+1): check_splitter(Splitter(groups=layer_groups(m, k, x=x, new=new)), m, x=x)
+
 def test_it_fits_copies_and_wrappers():
     m = timm.create_model('test_resnet')
     mm = model_map(m)
