@@ -18,9 +18,9 @@ oldest,record,page = root/'tools'/'oldest.txt',root/'tools'/'versions.json',root
 core = 'registry trace layers groups presets families names optimizer opt_state freeze weights learner phases strategies auto checks cli'.split()
 packages = 'fastai fastcore timm torch torchvision numpy'.split()
 
-def tests(): return [str(o.relative_to(root)) for r in core for o in sorted((root/'tests').glob(f'test_{r}*.py')) if o.stem==f'test_{r}' or o.stem.startswith(f'test_{r}_')]
+def tests(): return [str(o.relative_to(root)) for r in core for o in (root/'tests'/f'test_{r}.py', *sorted((root/'tests').glob(f'test_{r}_*.py')))]
 
-def _out(*cmd): return subprocess.run([*map(str, cmd)], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+def _out(*cmd, **kwargs): return subprocess.run([*map(str, cmd)], check=True, stdout=subprocess.PIPE, text=True, **kwargs).stdout.strip()
 
 # ---- the environment
 
@@ -28,8 +28,8 @@ def oldest_python(text):
     "The interpreter of the oldest version that pyproject.toml (`text`) allows, or this one where there is none"
     want = re.search(r'^requires-python = ">=([\d.]+)"', text, re.M)[1]
     for o in (f'python{want}', *sorted(Path.home().glob(f'.pyenv/versions/{want}.*/bin/python'))):
-        try: return _out(o, '-c', 'import sys; print(sys.executable)')
-        except (OSError,subprocess.CalledProcessError): pass # pyenv has a stand-in for each of its versions, which fails if that one is not chosen
+        try: return _out(o, '-c', 'import sys; print(sys.executable)', stderr=subprocess.DEVNULL)
+        except (OSError,subprocess.CalledProcessError): pass # pyenv puts a `python3.10` there that says only that another version is chosen
     print(f"no Python {want} here: taking {sys.version.split()[0]}")
     return sys.executable
 
@@ -40,7 +40,7 @@ def build(venv):
     asked = re.findall(r'^(?:requires-python|dependencies|demo) = .*$', text, re.M)
     lock = hashlib.sha256('\n'.join([*asked, *extras, oldest.read_text(encoding='utf-8'), _out(python, '-VV')]).encode()).hexdigest()
     made = venv/('Scripts' if os.name=='nt' else 'bin')/'python'
-    def _pip(*args): subprocess.run([str(made), '-m', 'pip', 'install', '-q', *args], check=True, cwd=root)
+    def _pip(*args): subprocess.run([str(made), '-m', 'pip', 'install', '-qq', *args], check=True, cwd=root)
     if (venv/'lock').exists() and (venv/'lock').read_text()==lock: _pip('--no-deps', '--no-build-isolation', '-e', '.')
     else:
         subprocess.run([python, '-m', 'venv', '--clear', str(venv)], check=True)
@@ -53,8 +53,8 @@ def build(venv):
 
 def run(python):
     "Run the tests of the core with `python`: what it ran on, and how many passed; `None` if one failed"
-    code = f"import json,platform; from importlib.metadata import version; print(json.dumps(dict(python=platform.python_version(), **{{o:version(o) for o in {packages!r}}})))"
-    res = json.loads(_out(python, '-c', code))
+    code = "import json,platform,sys; from importlib.metadata import version; print(json.dumps({'python':platform.python_version(), **{o:version(o) for o in sys.argv[1:]}}))"
+    res = json.loads(_out(python, '-c', code, *packages))
     print(', '.join(f'{k} {v}' for k,v in res.items()), flush=True)
     env = {**os.environ, 'PATH':os.pathsep.join([str(Path(python).parent), os.environ['PATH']])}
     with tempfile.TemporaryDirectory() as d:
@@ -68,8 +68,9 @@ def run(python):
 def table(ran):
     "Lines of CONTRIBUTING's table, from what `record` holds"
     titles = dict(python='Python', numpy='NumPy', passed='tests of the core that passed', skipped='skipped, each with its reason', date='run on')
-    rows = [[titles.get(k, k), *(str(ran[c][k]) for c in ('oldest','newest'))] for k in ('python', *packages, 'passed', 'skipped', 'date')]
-    return [f"| {' | '.join(o)} |" for o in [['','oldest','newest'], ['---']*3, *rows]]
+    cols = [c for c in ('oldest','newest') if c in ran]
+    rows = [[titles.get(k, k), *(str(ran[c][k]) for c in cols)] for k in ('python', *packages, 'passed', 'skipped', 'date')]
+    return [f"| {' | '.join(o)} |" for o in (['',*cols], ['---']*(len(cols)+1), *rows)]
 
 def in_page(text, ran):
     "`text` of CONTRIBUTING with the table of what `ran`"
@@ -79,7 +80,7 @@ def _record(): return json.loads(record.read_text(encoding='utf-8')) if record.e
 
 def _write(ran):
     record.write_text(json.dumps(ran, indent=1)+'\n', encoding='utf-8')
-    if len(ran)==2: page.write_text(in_page(page.read_text(encoding='utf-8'), ran), encoding='utf-8')
+    page.write_text(in_page(page.read_text(encoding='utf-8'), ran), encoding='utf-8')
 
 @call_parse
 def main(
