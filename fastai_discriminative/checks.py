@@ -170,7 +170,10 @@ def _takes_channels(model, n):
 # %% ../nbs/12_checks.ipynb #ad0b8b0c
 def _with_channels(case, n):
     "The pretrained model, adapted to images of `n` channels"
-    if isinstance(case.arch, str): return blank_model(partial(from_state, case.model.state_dict(), 'a checkpoint', case.arch, n, num_classes=0))
+    if isinstance(case.arch, str):
+        sd = {k:torch.zeros_like(v) if isinstance(v, Tensor) else v for k,v in case.model.state_dict().items()} # memory that nothing was written to may hold NaNs
+        meta = all(p.is_meta for p in case.model.parameters()) # where the model itself could be built so: the oldest timm's ViTs cannot
+        return blank_model(partial(from_state, sd, 'a checkpoint', case.arch, n, num_classes=0), meta)
     model = blank_model(case.what, meta=False) # fastai needs memory to adapt a stem
     (set_channels if is_uncut(case.what, {}) else _update_first_layer)(model, n, True)
     return model

@@ -11,6 +11,7 @@ the way to find an order for models that nobody has registered."""
 __all__ = ['input_sizes', 'ModelTrace', 'trace_order', 'blank_model']
 
 # %% ../nbs/01_trace.ipynb #1529f6d2
+from collections import OrderedDict
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,field
 from functools import partial
@@ -102,7 +103,7 @@ def _copy(self:_FirstUse, res, p):
 def _eval_mode(model):
     "`model` in eval mode, without autograd, with training flags, other attributes and random states restored at the end"
     was = [(m,m.training,dict(vars(m))) for m in model.modules()]
-    caches = [(v,v.copy()) for _,_,d in was for k,v in d.items() if type(v) is list or (type(v) is dict and (k in ('_parameters','_buffers') or not k.startswith('_')))]
+    caches = [(v,v.copy()) for _,_,d in was for k,v in d.items() if type(v) is list or (type(v) in (dict,OrderedDict) and (k in ('_parameters','_buffers') or not k.startswith('_')))]
     py,npr = random.getstate(),np.random.get_state()
     gpus = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
@@ -115,7 +116,7 @@ def _eval_mode(model):
             vars(m).update(d)
         for v,old in caches:
             v.clear()
-            (v.update if type(v) is dict else v.extend)(old)
+            (v.extend if type(v) is list else v.update)(old)
         random.setstate(py)
         np.random.set_state(npr)
 

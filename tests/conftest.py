@@ -4,6 +4,9 @@ os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
 import numpy as np,pytest,torch
 from PIL import Image
+from small_models import add_small_models
+
+add_small_models()
 
 def pytest_addoption(parser):
     parser.addoption('--zoo', action='store_true', help='prove every architecture, not only the smallest of each kind')

@@ -158,10 +158,31 @@ def test_links_of_the_readme(links, nbs, want, monkeypatch):
 
 def _bounds(lines): return dict(m.groups() for o in lines if (m := re.match(r'([\w.-]+)\s*[>=]=\s*([\d.]+?)(?:\.\*)?$', o.strip())))
 
-def test_stated_versions_are_those_of_the_oldest_run():
-    deps = re.search(r'^dependencies = (\[.*?\])', (root/'pyproject.toml').read_text(encoding='utf-8'), re.M|re.S)[1]
-    stated,run = _bounds(ast.literal_eval(deps)),_bounds((root/'tools/oldest.txt').read_text(encoding='utf-8').split('\n'))
-    assert stated and stated=={k:run.get(k) for k in stated}
+def _test_versions(monkeypatch):
+    monkeypatch.syspath_prepend(root/'tools')
+    return importlib.import_module('test_versions')
+
+def test_stated_versions_are_those_of_the_oldest_run(monkeypatch):
+    text,readme = ((root/o).read_text(encoding='utf-8') for o in ('pyproject.toml','README.md'))
+    deps = re.search(r'^dependencies = (\[.*?\])', text, re.M|re.S)[1]
+    stated,asked = _bounds(ast.literal_eval(deps)),_bounds((root/'tools/oldest.txt').read_text(encoding='utf-8').split('\n'))
+    assert stated and stated=={k:asked.get(k) for k in stated}
+    stated['python'] = re.search(r'^requires-python = ">=(.*)"$', text, re.M)[1]
+    ran = json.loads(_test_versions(monkeypatch).record.read_text(encoding='utf-8'))['oldest']
+    assert not {k:(v,ran[k]) for k,v in stated.items() if not f'{ran[k]}.'.startswith(f'{v}.')}
+    said = re.search(r'Oldest versions supported: (.*?)\. ', readme)[1]
+    assert dict(o.lower().split(' ') for o in said.split(', '))==stated
+
+def test_the_table_of_versions_is_made_from_what_ran(monkeypatch):
+    tool = _test_versions(monkeypatch)
+    text,ran = tool.page.read_text(encoding='utf-8'),json.loads(tool.record.read_text(encoding='utf-8'))
+    assert '\n'.join(tool.table(ran)) in text, 'the table in CONTRIBUTING.md is not that of tools/versions.json: run `python tools/test_versions.py --save`'
+    other = {c:{**o, 'timm':'1.0.0'} for c,o in ran.items()}
+    assert text!=tool.in_page(text, other)==text.replace('\n'.join(tool.table(ran)), '\n'.join(tool.table(other)))
+
+def test_the_core_has_tests(monkeypatch):
+    tool = _test_versions(monkeypatch)
+    assert {*tool.core}<={*mods} and not [o for o in tool.tests() if not (root/o).is_file()]
 
 def test_no_paths_of_one_machine():
     home = re.compile(r'(?<![\w.])/(?:home|root|Users)/\w')

@@ -1,6 +1,6 @@
 "Trace: the order is the true one on nets whose order is known, and the model, its gradients and all random states are left as they were"
 import gc,random,weakref
-from collections import namedtuple
+from collections import OrderedDict,namedtuple
 
 import numpy as np,pytest,timm,torch
 from torch import nn
@@ -254,6 +254,16 @@ def test_model_is_left_as_it_was(make, device, fails):
     assert {n:o.training for n,o in m.named_modules()}==flags
     assert all((p.requires_grad, p.grad)==grads[n] if p.grad is None else p.grad is grads[n][1] for n,p in m.named_parameters())
     assert m.calls==0 and not hasattr(m, 'last') and torch.is_grad_enabled()
+
+@pytest.mark.parametrize('kind', [dict,OrderedDict])
+def test_a_module_of_two_names_keeps_its_weights(kind):
+    "torch's `functional_call` puts those of the trace in their place; older torch keeps them in an `OrderedDict`, and so does a learner that it exported"
+    m = Net(lambda s,x: s.outer.inner(s.a(x)), a=lin(), outer=nn.Module())
+    m.outer.inner = m.a
+    for o in m.modules(): o._parameters = kind(o._parameters)
+    w = m.a.weight
+    assert trace_order(m, v4).device=='meta'
+    assert m.a.weight is w and m.outer.inner.weight is w and not w.is_meta
 
 @pytest.mark.parametrize('make', [_fickle,_peeking])
 def test_random_states(make):
