@@ -21,6 +21,7 @@ from fastai.callback.core import Callback
 from fastai.vision.learner import _update_first_layer,create_vision_model
 
 from .core import *
+from .explain import *
 from .registry import *
 from .trace import *
 from .backbone import *
@@ -306,3 +307,6 @@ def parametrize_with_splitter_checks(
             marks = pytest.mark.xfail(reason=why[k], strict=True, raises=SplitterError) if k in why else ()
             params.append(pytest.param(f, id=f'{name}-{k}', marks=marks))
     return pytest.mark.parametrize('check', params)
+
+# %% ../nbs/12_checks.ipynb #11084579
+explain_rooms(__name__)

@@ -19,6 +19,7 @@ import fastai, pandas as pd, timm, torchvision
 from fastai.vision.models import xresnet
 
 from .core import *
+from .explain import *
 from .registry import *
 from .groups import *
 from .presets import *
@@ -120,3 +121,6 @@ def coverage_line()->str: # One sentence
     rows = read_data('zoo.csv')
     n,bad = Counter(r['rule'] for r in rows if r['rule']!='none'),sum(bool(zoo_exceptions(r['arch'])) for r in rows)
     return f"{len(rows)} architectures in layer groups: {', '.join(f'{v} {k}' for k,v in n.most_common())}; {len(rows)-bad} pass every check, {bad} are excepted from one ({read_data('zoo.csv', head=True)[2:]})."
+
+# %% ../nbs/13_coverage.ipynb #9f9bbc5a
+explain_rooms(__name__)

@@ -22,6 +22,7 @@ import timm
 from fastai.vision.all import *
 from .core import *
 from .files import *
+from .explain import *
 from .pictures import *
 from .compare import TrainClock
 _all_ = ['DataError']
@@ -332,3 +333,6 @@ def export_learner(
     "`learn.export` to `fname`"
     with written_aside(fname) as tmp: learn.export(tmp.absolute())
     return Path(fname)
+
+# %% ../nbs/14_demo.ipynb #68e12b0e
+explain_rooms(__name__)

@@ -53,7 +53,7 @@ class TrueFreeze(HoldingCallback):
     order = 5 # after `TrainEvalCallback`, which puts the whole model into train mode
     reduced,asked,_seen = ReducedParams(),0,None # `asked`: how many groups a freeze froze; `_seen`: how many the optimiser had frozen when we last looked
     def __init__(self,
-        train_norm:bool|str='group', # Which norm layers train: `'group'`, `'affine'`, `'running'`, `True` or `False`, see the table above
+        train_norm:bool|str='group', # Which norm layers train: `'group'`, `'affine'`, `'running'`, `True` or `False`; the page on `freeze` has a table
         pinned=(), # Names of parameters that were frozen by hand: they stay frozen when their group trains
     ): self.train_norm,self.pinned,self.still,self.off,self.at = _check_train_norm(train_norm),set(pinned),[],[],None
 

@@ -157,15 +157,18 @@ def _takes_groups(name, f, always=False):
     @wraps(stock)
     def _f(self, *args, **kwargs): return (f if always or in_layer_groups(self) else stock)(self, *args, **kwargs)
     _f._stock = stock
+    _f.__doc__ = f"{stock.__doc__}\n\nOf a learner in layer groups: {f.__doc__}"
     setattr(Learner, name, _f)
 
 # %% ../nbs/06_learner.ipynb #f115c5dc
 def _freeze_to(learn, n):
+    "What is frozen does not move; `n` may also be the name of a group, a layer or a module"
     if learn.opt is None: learn.create_opt()
     learn.true_freeze.freeze_to(n)
     learn.opt.clear_state()
 
 def _freeze(learn):
+    "The groups of the pretrained body are frozen, and what comes after them trains"
     groups = learn.splitter.find(learn.model)
     learn.freeze_to(min(groups.n_body, len(groups)-1))
 
@@ -174,6 +177,7 @@ _takes_groups('freeze', _freeze)
 
 # %% ../nbs/06_learner.ipynb #8962a0fe
 def _fine_tune(learn, *args, resume=None, **kwargs):
+    "`base_lr` may also be 'preset', a `Preset`, or rates by name"
     if resume is not None: raise ResumeError("`fine_tune` is two fits, and a file holds one. Use `fit_strategy('discriminative', n, resume='file')`.")
     stock,lr = Learner.fine_tune._stock,kwargs.get('base_lr', args[1] if len(args)>1 else None)
     if not isinstance(lr, (str,Preset,dict)): return stock(learn, *args, **kwargs)
@@ -239,7 +243,7 @@ def _freeze_as_saved(learn, cold, by_hand):
 
 # %% ../nbs/06_learner.ipynb #17ea4924
 def _load(learn, file, *args, **kwargs):
-    "fastai's `load`: the model whole or not at all, the optimiser's state by name, and what was frozen"
+    "The model is loaded whole or not at all, the optimiser's state by name, and what was frozen is frozen again"
     model,opt = learn.model,learn.opt
     if opt is None: learn.create_opt()
     new,state = learn.opt,_OptState(learn)
@@ -336,13 +340,15 @@ def _takes_preset(name, arg):
             for cb in [*self.cbs, *cbs]:
                 if isinstance(cb, HoldingCallback): cb.release()
     _f._stock = f
+    _f.__doc__ = (f"{f.__doc__}\n\nOf a learner in layer groups, `{arg}` may also be 'preset', a `Preset`, or rates by name, as in {{'head': 1e-3}}. "
+        "`resume` may name a file to write at the end of each epoch, and to go on from if it is there.")
     setattr(Learner, name, _f)
 
 for _name,_arg in dict(fit='lr', fit_one_cycle='lr_max', fit_flat_cos='lr', fit_sgdr='lr_max').items(): _takes_preset(_name, _arg)
 
 # %% ../nbs/06_learner.ipynb #4a23090a
 def _save(learn, file, **kwargs):
-    "fastai's `save`, in one move, with the optimiser's state by name"
+    "Written in one move, with the optimiser's state by name"
     stock,dst,opt = Learner.save._stock,join_path_file(file, learn.path/learn.model_dir, ext='.pth'),learn.opt
     if opt is not None: learn.opt = _OptState(learn)
     try:
@@ -352,7 +358,7 @@ def _save(learn, file, **kwargs):
     return dst
 
 def _export(learn, fname='export.pkl', **kwargs):
-    "fastai's `export`, in one move"
+    "Written in one move"
     stock,old = Learner.export._stock,(learn.dls,learn.opt)
     if rank_distrib(): return stock(learn, fname, **kwargs)
     with written_aside(learn.path/fname) as tmp:

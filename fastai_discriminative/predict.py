@@ -18,6 +18,7 @@ from fastai.vision.all import *
 
 from .core import *
 from .files import *
+from .explain import *
 from .demo import *
 
 # %% ../nbs/14a_predict.ipynb #103952de
@@ -247,3 +248,6 @@ def fold_predictions(
     if not preds: raise DataError("There is no learner to ask.")
     preds = torch.cat(preds)
     return Predictions(UnseenImages(files, list(map(str, files))), preds.numpy(), first[1], _labels(first[0], preds, first[1]), targets)
+
+# %% ../nbs/14a_predict.ipynb #fe38a75c
+explain_rooms(__name__)
