@@ -14,6 +14,7 @@ __all__ = ['all_architectures', 'prove', 'write_zoo', 'zoo_exceptions', 'coverag
 import csv,re
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
 
 import fastai, pandas as pd, timm, torchvision
 from fastai.vision.models import xresnet
@@ -61,9 +62,9 @@ def prove(
 def _versions(): return f'timm {timm.__version__}, torchvision {torchvision.__version__.partition("+")[0]}, fastai {fastai.__version__}'
 
 def write_zoo(
-    rows, # Rows as `_zoo_row` makes them
-    path, # File to write
-):
+    rows:list, # Rows as `_zoo_row` makes them
+    path:str|Path, # File to write
+)->None:
     "Write the table of `zoo.csv`"
     with open(path, 'w', encoding='utf-8', newline='') as f:
         print('#', _versions(), file=f)

@@ -269,8 +269,8 @@ class TimedRun:
 
 def timed_run(
     how:str, # Name of the way to train
-    make_learner, # Function without arguments that returns a `Learner`, `DataLoaders` included
-    fit, # Function of the learner and a list of callbacks that trains
+    make_learner:Callable, # Function without arguments that returns a `Learner`, `DataLoaders` included
+    fit:Callable, # Function of the learner and a list of callbacks that trains
     seed:int=42, # Random seed, set before the learner is made
     metric:str='accuracy', # Name of the metric to compare
 )->tuple: # The trained learner and its `TimedRun`

@@ -79,16 +79,16 @@ def _check_units(preset, opt_func):
 
 # %% ../nbs/06_learner.ipynb #4470742c
 def body_is_random(
-    learn, # A `Learner`
+    learn:Learner, # A `Learner`
 )->bool: # `False` where nobody said so
     "Was the model of `learn` made with `pretrained=False`, and has `load_pretrained` read nothing into it since?"
     return getattr(learn, 'pretrained', None) is False and not any('not_in_checkpoint' in vars(m) for m in learn.model.modules())
 
 # %% ../nbs/06_learner.ipynb #7f63b242
 def warn_if_random(
-    learn, # A `Learner` in layer groups
-    phases, # Of `Phase`
-):
+    learn:Learner, # A `Learner` in layer groups
+    phases:list, # Of `Phase`
+)->None:
     "Say so where `phases` freeze layers that are as random as the head"
     if learn.preset is not None and learn.preset.regime=='random' and any(p.frozen for p in phases):
         warnings.warn("Nothing in this model is pretrained, so layers that are frozen stay random. Use `fit_strategy('auto', n)` or `fit_one_cycle(n, 'preset')`, which train all of them; "
@@ -130,10 +130,10 @@ def _new_opt(learn, n_frozen, still, **attrs):
 @patch
 def split(self:Learner,
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
-    preset=None, # `Preset`, or the architecture whose preset to use; if `None` the model's own, or one rate for all layers of a random one
+    preset:Preset|str|None=None, # `Preset`, or the architecture whose preset to use; if `None` the model's own, or one rate for all layers of a random one
     train_norm:bool|str='group', # Which norm layers train: `'group'`, `'affine'`, `'running'`, `True` or `False`; see `TrueFreeze`
     fused:bool=False, # Use torch's fused AdamW (`fused_adamw`) in place of the learner's optimiser?
-    new=(), # Layers that are new, besides the head: names of modules or parameters, modules, parameters, or one of these
+    new:object=(), # Layers that are new, besides the head: names of modules or parameters, modules, parameters, or one of these
 )->Learner: # The same learner
     "Put the learner into layer groups; raises `SplitterError`, `FamilyError` or `PresetError` and changes nothing if that cannot be done"
     arch,opt_func = getattr(self, 'arch', None),fused_adamw if fused else self.opt_func
@@ -264,8 +264,8 @@ _takes_groups('load', _load)
 FitCase = namedtuple('FitCase', 'bs accum world_size n_steps size') # what a preset's rates depend on
 
 def fit_case(
-    learn, # A `Learner`
-    cbs=None, # Callbacks that the fit adds
+    learn:Learner, # A `Learner`
+    cbs:Callback|list|None=None, # Callbacks that the fit adds
     n_epoch:int|None=None, # Its epochs; `None` if they are not known
 )->FitCase: # Batch size of a process, batches accumulated before a step, processes, steps of the optimiser, image size in pixels
     "What is known about a fit before its first step"
