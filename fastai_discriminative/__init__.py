@@ -61,4 +61,4 @@ Modules:
 - `fastai_discriminative.trace`: The order in which a model really uses its parameters
 - `fastai_discriminative.weights`: Checkpoints from files, and bodies of timm and torchvision that a head can read"""
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"
