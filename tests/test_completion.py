@@ -24,7 +24,7 @@ class _Bash:
     "An interactive bash in a terminal of its own, with `script` read"
     def __init__(self, script, cwd):
         self.fd,far = pty.openpty()
-        env = {'PATH':os.environ['PATH'], 'TERM':'dumb', 'HOME':str(cwd), 'PS1':'$ ', 'COLUMNS':'1000'}
+        env = dict(PATH=os.environ['PATH'], TERM='dumb', HOME=str(cwd), PS1='$ ', COLUMNS='1000')
         self.proc = subprocess.Popen(['bash','--norc','--noprofile','-i'], stdin=far, stdout=far, stderr=far, cwd=cwd, env=env, start_new_session=True)
         os.close(far)
         self.say(f"stty cols 1000; bind 'set bell-style none'; source {script}; echo re''ady\n", 'ready')

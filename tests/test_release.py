@@ -1,5 +1,5 @@
 "What is uploaded: the wheel and the sdist hold every file and pass the index's checks, the sdist's own tests pass in it, and all say the same version"
-import ast,importlib,os,re,shutil,subprocess,sys,tarfile,zipfile
+import importlib,os,re,shutil,subprocess,sys,tarfile,zipfile
 from email.parser import Parser
 
 import pytest
