@@ -17,6 +17,7 @@ Modules:
 - `fastai_discriminative.core`: What every room of the package needs: errors, hints, tables in text and HTML, packaged data
 - `fastai_discriminative.coverage`: What was proved, for which architectures, by which rule, and where it does not hold
 - `fastai_discriminative.demo`: Real pretrained weights and real images without a download, and a fair race against fastai's `fine_tune`
+- `fastai_discriminative.explain`: What `help` says of every parameter
 - `fastai_discriminative.families`: The built-in families: how their layers follow each other, and which published recipes apply
 - `fastai_discriminative.fast_math`: Channels-last memory and bfloat16, where this machine gains by them
 - `fastai_discriminative.features`: What frozen layers make of an image, computed once: the frozen prefix of a model, and training on its cached results
@@ -60,4 +61,4 @@ Modules:
 - `fastai_discriminative.trace`: The order in which a model really uses its parameters
 - `fastai_discriminative.weights`: Checkpoints from files, and bodies of timm and torchvision that a head can read"""
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"

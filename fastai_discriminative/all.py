@@ -27,3 +27,6 @@ from .recorder import *
 from .report import *
 from .html_report import *
 from .compare import *
+from .explain import explain_rooms as _explain
+
+_explain() # what `help` says of parameters

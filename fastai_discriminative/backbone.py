@@ -14,7 +14,7 @@ __all__ = ['is_norm', 'clean_name', 'unwrap_model', 'ModelNames', 'name_cleaner'
 import re
 from dataclasses import dataclass
 from functools import cached_property,lru_cache
-from typing import Callable
+from typing import Callable,Iterable
 
 from fastai.torch_core import norm_types
 from torch import nn
@@ -81,7 +81,7 @@ def _walk(m, dot, params, norms, again, seen):
 
 # %% ../nbs/01a_backbone.ipynb #7c6704cc
 def name_cleaner(
-    names, # Of the parameters of a model or a checkpoint
+    names:Iterable, # Of the parameters of a model or a checkpoint
 )->Callable|None: # Name -> clean name; `None` if they are clean
     "What makes `names` clean; a part that its author called `module` keeps that name"
     f = _compiled if any('_orig_mod' in n for n in names) else None
@@ -221,7 +221,7 @@ def cut_body(
 
 def find_backbone(
     model:nn.Module, # Any model
-    arch=None, # Architecture name or function, for a body that fastai cut from a torchvision model
+    arch:str|Callable|None=None, # Architecture name or function, for a body that fastai cut from a torchvision model
 )->Backbone|None: # `None` if there is none, or more than one
     "The known model in `model`"
     found = list(_known_modules(model))

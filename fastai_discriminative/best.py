@@ -25,7 +25,7 @@ class KeepBest(HoldingCallback):
     order,kept = 59,('best','_state','_epoch','_row') # after `Recorder`, before `ProgressCallback`, which writes the rows
     def __init__(self,
         monitor:str|None=None, # Metric, or `'valid_loss'`; the first metric if `None`
-        comp=None # `np.greater` if more is better; found out by the name if `None`
+        comp:Callable|None=None # `np.greater` if more is better; found out by the name if `None`
     ): self.monitor,self.comp,self.best,self._model,self._state = monitor,comp,None,None,None
 
     def _is_better(self, a, b):
@@ -67,7 +67,7 @@ def _add_row(self:KeepBest, row, name, epoch):
 
 # %% ../nbs/07b_best.ipynb #d809bde3
 @patch
-def restore(self:KeepBest):
+def restore(self:KeepBest)->None:
     "Put the best epoch's weights into the model"
     if self._state is not None: self._model.load_state_dict(self._state)
 

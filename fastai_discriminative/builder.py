@@ -18,6 +18,7 @@ from fastai.vision.learner import _add_norm,_default_meta,_timm_norm,add_head,cr
 from .core import *
 from .registry import *
 from .trace import *
+from .presets import *
 from .optimizer import *
 from .probe import *
 from .weights import *
@@ -46,13 +47,13 @@ def _takes(f): return set(inspect.signature(f).parameters)
 # %% ../nbs/06a_builder.ipynb #1b91c03c
 @delegates(vision_learner, but=['opt_func','train_bn','splitter'])
 def discriminative_learner(
-    dls, # `DataLoaders` of images
-    arch, # timm architecture, with or without pretrained tag, or an architecture function as for `vision_learner`
+    dls:DataLoaders, # `DataLoaders` of images
+    arch:str|Callable, # timm architecture, with or without pretrained tag, or an architecture function as for `vision_learner`
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
-    preset=None, # `Preset`, or the architecture whose preset to use; if `None` that of `arch`, or one rate for all layers where nothing is pretrained
+    preset:Preset|str|None=None, # `Preset`, or the architecture whose preset to use; if `None` that of `arch`, or one rate for all layers where nothing is pretrained
     weights_file:str|Path|None=None, # Local checkpoint of `arch` (`.safetensors`, or `.pth` read with `weights_only=True`) in place of a download
     train_norm:bool|str|None=None, # Which norm layers train, see `TrueFreeze`; `None` for `'affine'` if pretrained, else `'group'`
-    opt_func=fused_adamw, # fastai optimiser function
+    opt_func:Callable=fused_adamw, # fastai optimiser function
     normalize:bool=True, # Normalize images with the statistics of the pretrained weights?
     n_out:int|None=None, # Number of outputs; that of the data's classes if `None`
     pretrained:bool=True, # Load pretrained weights, and freeze the body?

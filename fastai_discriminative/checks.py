@@ -21,6 +21,7 @@ from fastai.callback.core import Callback
 from fastai.vision.learner import _update_first_layer,create_vision_model
 
 from .core import *
+from .explain import *
 from .registry import *
 from .trace import *
 from .backbone import *
@@ -277,10 +278,10 @@ def _check_training(case, train_norm='group'):
 
 # %% ../nbs/12_checks.ipynb #025c8171
 def splitter_checks(
-    what, # timm architecture name, architecture function, model, or anything else that returns a model when it is called
-    x=None, # A batch for the model: a tensor, a tuple of its inputs, or a function that returns one of these; two images or more, for the sake of BatchNorm
+    what:object, # timm architecture name, architecture function, model, or anything else that returns a model when it is called
+    x:object=None, # A batch for the model: a tensor, a tuple of its inputs, or a function that returns one of these; two images or more, for the sake of BatchNorm
     input_size:tuple|None=None, # Or `(channels, height, width)` of its images, in pixels
-    arch=None, # Architecture name or function, for a body that fastai cut from it
+    arch:str|Callable|None=None, # Architecture name or function, for a body that fastai cut from it
 )->dict: # Name of a check -> function without arguments that raises `SplitterError` if it fails
     "All checks of layer groups that apply to `what`: rules, numbers, rates, copies, training, and for architectures of timm, torchvision and fastai body and channels"
     known = isinstance(what, str) or getattr(what, '__module__', '').startswith(('torchvision.models.','fastai.vision.models.')) and not isinstance(what, nn.Module)
@@ -291,11 +292,11 @@ def splitter_checks(
 
 # %% ../nbs/12_checks.ipynb #cbf54a10
 def parametrize_with_splitter_checks(
-    models, # What `splitter_checks` takes, or a list of it
+    models:object, # What `splitter_checks` takes, or a list of it
     expected_failures:dict|None=None, # Name of a check -> why it has to fail
-    x=None, # As in `splitter_checks`, for all of them
+    x:object=None, # As in `splitter_checks`, for all of them
     input_size:tuple|None=None, # As in `splitter_checks`, in pixels
-    arch=None, # As in `splitter_checks`
+    arch:str|Callable|None=None, # As in `splitter_checks`
 )->object: # A pytest mark that gives the test function an argument `check`
     "Run a test for every check of each of `models`: `@parametrize_with_splitter_checks('my_arch')` above `def test_it(check): check()`"
     import pytest
@@ -309,3 +310,6 @@ def parametrize_with_splitter_checks(
             marks = pytest.mark.xfail(reason=why[k], strict=True, raises=SplitterError) if k in why else ()
             params.append(pytest.param(f, id=f'{name}-{k}', marks=marks))
     return pytest.mark.parametrize('check', params)
+
+# %% ../nbs/12_checks.ipynb #11084579
+explain_rooms(__name__)

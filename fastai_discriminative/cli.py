@@ -154,6 +154,24 @@ def _add_predict(p):
     p.add_argument('--workers', type=_procs, default=0, help='processes that load images (default: %(default)s)')
     _add_common(p, None, 'seed of the augmentations')
 
+# %% ../nbs/15_cli.ipynb #dc7a1157
+def _known_names():
+    "What completes an argument, by the argument's name"
+    import timm
+    from fastai_discriminative.all import list_strategies
+    strategies = [o.name for o in list_strategies()]
+    return dict(arch=sorted({*timm.list_models(), *timm.list_pretrained()}), strategy=strategies, strategies=strategies)
+
+def _cmd_completion(a):
+    from fastai_discriminative.core import DiscriminativeError
+    try: import shtab
+    except ImportError: raise DiscriminativeError('The scripts are made by shtab, which is not installed: `pip install shtab`.') from None
+    parser,known = _parser(),_known_names()
+    for o in (o for p in parser._subparsers._group_actions[0].choices.values() for o in p._actions):
+        o.choices = o.choices or known.get(o.dest)
+        if o.type is _path: o.complete = shtab.FILE
+    print(shtab.complete(parser, a.shell))
+
 # %% ../nbs/15_cli.ipynb #f626830e
 _examples = """examples:
   fastai-discriminative demo
@@ -164,6 +182,11 @@ _examples = """examples:
 exit status:
   0 done; 1 the system or a library refused, such as a full disk; 2 wrong arguments, images, weights or names;
   130 stopped by Ctrl-C; 141 the reader of a pipe has ended"""
+
+_completion_files = """write it to a file that the shell reads, again after an update of timm:
+  bash  ~/.local/share/bash-completion/completions/fastai-discriminative
+  zsh   ~/.zfunc/_fastai-discriminative, with `fpath+=~/.zfunc` in ~/.zshrc before `compinit`
+  fish  ~/.config/fish/completions/fastai-discriminative.fish"""
 
 def _version(): return __import__('fastai_discriminative').__version__
 
@@ -198,6 +221,9 @@ def _parser():
     p.add_argument('--size', type=_size, help="height and width of your images in pixels (default: the checkpoint's)")
     p.add_argument('--optimizer', choices=('adamw','sgd'), default='adamw', help='units of the rates (default: %(default)s)')
     _new('families', _cmd_families, 'print every family of architectures: how it is split, at which rates, and what was proved')
+    p = _new('completion', _cmd_completion, 'print a script with which a shell completes this command', f'Print a script with which a shell completes this command. Needs the package shtab.\n\n{_completion_files}')
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument('shell', choices=('bash','zsh','fish'), help='shell to print it for')
     return ap
 
 # %% ../nbs/15_cli.ipynb #7175ded0

@@ -229,7 +229,7 @@ def _curve(c, name):
 @patch
 def plot(self:StrategyComparison,
     names:list|None=None, # Strategies to show; all if `None`
-    ax=None # matplotlib's axes; a new figure if `None`
+    ax:plt.Axes|None=None # matplotlib's axes; a new figure if `None`
 )->plt.Axes: # The axes
     "The metric against training time, with 95 % bands over seeds"
     ax,metric = ax or plt.subplots(figsize=(7.5,4.5), layout='constrained')[1],self.metric
@@ -316,15 +316,15 @@ def _epochs_within(res, name, seconds):
 
 # %% ../nbs/11_compare.ipynb #10e4505f
 def compare_strategies(
-    make_learner, # Function without arguments that makes a new `Learner`, its data included
-    strategies, # Names, or a dict: name -> name, `Strategy`, list of `Phase`, or function of `(learner, n_epoch, cbs)` that trains
+    make_learner:Callable, # Function without arguments that makes a new `Learner`, its data included
+    strategies:list|dict, # Names, or a dict: name -> name, `Strategy`, list of `Phase`, or function of `(learner, n_epoch, cbs)` that trains
     n_epoch:int=5, # Epochs, as in `fit_strategy`
-    seeds=3, # Number of seeds, or the seeds
+    seeds:int|list=3, # Number of seeds, or the seeds
     budget:str='epochs', # `'epochs'`: the same number for all; `'seconds'`: as many as fit in the training time of the reference strategy with `n_epoch`
     reference:str|None=None, # Strategy to compare with; `'fastai'` if it is there, else the first
     monitor:str|None=None, # Metric to compare and for `auto` to keep the best of; the first metric if `None`
     fname:str|Path|None=None, # File for finished fits (JSON); what is in it is not run again
-    score=None, # Function of the trained learner that returns a dict of further numbers, such as metrics on a test set; not timed
+    score:Callable|None=None, # Function of the trained learner that returns a dict of further numbers, such as metrics on a test set; not timed
     bar:bool=True # Show a progress bar over the fits?
 )->StrategyComparison: # With `results`, `table()`, `plot()`, `failures`
     "Train a new learner by each strategy with each seed, from the same start; raises `StrategyError` before anything runs, and records what fails later"

@@ -14,11 +14,13 @@ __all__ = ['all_architectures', 'prove', 'write_zoo', 'zoo_exceptions', 'coverag
 import csv,re
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
 
 import fastai, pandas as pd, timm, torchvision
 from fastai.vision.models import xresnet
 
 from .core import *
+from .explain import *
 from .registry import *
 from .groups import *
 from .presets import *
@@ -60,9 +62,9 @@ def prove(
 def _versions(): return f'timm {timm.__version__}, torchvision {torchvision.__version__.partition("+")[0]}, fastai {fastai.__version__}'
 
 def write_zoo(
-    rows, # Rows as `_zoo_row` makes them
-    path, # File to write
-):
+    rows:list, # Rows as `_zoo_row` makes them
+    path:str|Path, # File to write
+)->None:
     "Write the table of `zoo.csv`"
     with open(path, 'w', encoding='utf-8', newline='') as f:
         print('#', _versions(), file=f)
@@ -120,3 +122,6 @@ def coverage_line()->str: # One sentence
     rows = read_data('zoo.csv')
     n,bad = Counter(r['rule'] for r in rows if r['rule']!='none'),sum(bool(zoo_exceptions(r['arch'])) for r in rows)
     return f"{len(rows)} architectures in layer groups: {', '.join(f'{v} {k}' for k,v in n.most_common())}; {len(rows)-bad} pass every check, {bad} are excepted from one ({read_data('zoo.csv', head=True)[2:]})."
+
+# %% ../nbs/13_coverage.ipynb #9f9bbc5a
+explain_rooms(__name__)

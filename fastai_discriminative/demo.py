@@ -22,6 +22,7 @@ import timm
 from fastai.vision.all import *
 from .core import *
 from .files import *
+from .explain import *
 from .pictures import *
 from .compare import TrainClock
 _all_ = ['DataError']
@@ -268,8 +269,8 @@ class TimedRun:
 
 def timed_run(
     how:str, # Name of the way to train
-    make_learner, # Function without arguments that returns a `Learner`, `DataLoaders` included
-    fit, # Function of the learner and a list of callbacks that trains
+    make_learner:Callable, # Function without arguments that returns a `Learner`, `DataLoaders` included
+    fit:Callable, # Function of the learner and a list of callbacks that trains
     seed:int=42, # Random seed, set before the learner is made
     metric:str='accuracy', # Name of the metric to compare
 )->tuple: # The trained learner and its `TimedRun`
@@ -332,3 +333,6 @@ def export_learner(
     "`learn.export` to `fname`"
     with written_aside(fname) as tmp: learn.export(tmp.absolute())
     return Path(fname)
+
+# %% ../nbs/14_demo.ipynb #68e12b0e
+explain_rooms(__name__)

@@ -35,7 +35,7 @@ class FastMath(HoldingCallback):
         return f"FastMath({_label(self.channels_last, self.bf16)}{'; ' if ms else ''}{ms})"
 
     @property
-    def autocast(self):
+    def autocast(self)->torch.autocast|None:
         "A context for the forward pass; `None` in 32 bits"
         return torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16) if self.bf16 else None
 

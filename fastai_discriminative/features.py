@@ -93,7 +93,7 @@ def _moving_norms(model):
 
 # %% ../nbs/07_features.ipynb #1bc1b641
 def frozen_prefix(
-    learn, # A `Learner` in layer groups
+    learn:Learner, # A `Learner` in layer groups
     xb:tuple, # Inputs of its model for a few samples
 )->FrozenPrefix: # As it is frozen now
     "The frozen prefix of the learner's model; raises `FeatureError` if what is frozen still moves"
@@ -282,7 +282,7 @@ class CachedFeatures(_RowKeeper):
         if self._held and self._held.learn.dl is self._held.dl: self._held.learn.dl = None
         self._on,self._held,self._full,self._seen = None,None,set(),set()
 
-    def close(self):
+    def close(self)->None:
         "Forget all features and delete their files; the next fit computes them anew"
         self.release()
         if self._tmp: self._tmp.remove()

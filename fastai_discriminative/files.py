@@ -13,6 +13,7 @@ __all__ = ['OwnedFolder', 'sweep_folders', 'written_aside']
 import os,platform,re,shutil,tempfile,weakref
 from contextlib import contextmanager,suppress
 from pathlib import Path
+from typing import Iterator
 
 try: import fcntl
 except ImportError: fcntl = None # Windows: nothing is swept there
@@ -70,7 +71,7 @@ def _is_plain(dst):
 @contextmanager
 def written_aside(
     dst:str|Path, # A file, or a folder that does not exist yet
-)->Path: # Where to write it: another path, with the same name
+)->Iterator[Path]: # Where to write it: another path, with the same name
     "A temporary path that takes the place of `dst` when the block ends well, and is removed when it does not"
     dst = Path(os.path.realpath(dst))
     if not _is_plain(dst):

@@ -32,7 +32,7 @@ from .fit_look import *
 @dataclass
 class PreflightFinding:
     "Something unusual about a fit to come"
-    name:str # One of the table above, such as `'size'`
+    name:str # One of those in the table of the page on `findings`, such as `'size'`
     what:str # What is unusual, with the numbers that show it
     fix:str # The line that mends it
     args:str='' # The same as arguments of `fastai-discriminative finetune`; `''` where there are none

@@ -60,7 +60,7 @@ def find_nonfinite(
     xb:tuple=(), # Its inputs
     yb:tuple=(), # Their targets
     run:bool=True # Run the model, to find the layer?
-)->str: # A noun; `None` where all is finite
+)->str|None: # A noun; `None` where all is finite
     "The first thing that is not finite, in the order in which numbers come about"
     model = unwrap_model(model)
     return (_bad_rows(xb, 'inputs') or _bad_rows(yb, 'targets') or _bad_weight(model)

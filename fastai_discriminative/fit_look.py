@@ -172,7 +172,7 @@ def _allocated(): return torch.cuda.memory_allocated() if torch.cuda.is_initiali
 def looking_at_fit(
     learn, # A `Learner`; it is as it was afterwards
     *args, # Of `FitLook`
-)->FitLook: # Within, the learner may be split or frozen as the fit will have it
+)->Iterator[FitLook]: # Within, the learner may be split or frozen as the fit will have it
     "A look at a fit of `learn`, with a batch that was tried"
     with _at_home(learn):
         before = _allocated()

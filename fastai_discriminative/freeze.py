@@ -40,7 +40,7 @@ def _asleep(model, cold):
 
 # %% ../nbs/05c_freeze.ipynb #ee5ad5f3
 def n_frozen(
-    opt, # The learner's optimiser
+    opt:object, # The learner's optimiser
 )->int: # Number of groups
     "How many leading groups of `opt` are frozen: by `freeze_to`, or because none of their parameters trains (norms that fastai forces to aside)"
     def _still(p): return not p.requires_grad or opt.state.get(p, {}).get('force_train', False)
@@ -53,8 +53,8 @@ class TrueFreeze(HoldingCallback):
     order = 5 # after `TrainEvalCallback`, which puts the whole model into train mode
     reduced,asked,_seen = ReducedParams(),0,None # `asked`: how many groups a freeze froze; `_seen`: how many the optimiser had frozen when we last looked
     def __init__(self,
-        train_norm:bool|str='group', # Which norm layers train: `'group'`, `'affine'`, `'running'`, `True` or `False`, see the table above
-        pinned=(), # Names of parameters that were frozen by hand: they stay frozen when their group trains
+        train_norm:bool|str='group', # Which norm layers train: `'group'`, `'affine'`, `'running'`, `True` or `False`; the page on `freeze` has a table
+        pinned:Iterable=(), # Names of parameters that were frozen by hand: they stay frozen when their group trains
     ): self.train_norm,self.pinned,self.still,self.off,self.at = _check_train_norm(train_norm),set(pinned),[],[],None
 
     def before_fit(self):
@@ -72,7 +72,7 @@ class TrueFreeze(HoldingCallback):
         self.reduced = ReducedParams()
         self.release()
 
-    def hold(self):
+    def hold(self)->None:
         "Stop what is frozen now"
         self.release()
         if self.opt is None or not in_layer_groups(self.learn): return # inference, or split otherwise since
@@ -92,7 +92,7 @@ class TrueFreeze(HoldingCallback):
 # %% ../nbs/05c_freeze.ipynb #0a7fde04
 @patch
 def norm_bounds(self:TrueFreeze,
-    groups, # The learner's `LayerGroups`
+    groups:LayerGroups, # The learner's `LayerGroups`
     at:int, # Number of frozen groups
 )->tuple: # Two indices of groups, 0 where all do
     "The first group whose norm layers may train, and the first whose running statistics move"
@@ -137,7 +137,7 @@ def note(self:TrueFreeze)->int: # Number of leading groups that are frozen
 @patch
 def freeze_to(self:TrueFreeze,
     n:int|str, # Groups before this one are frozen: its number, negative from the end, or a name, as in `find_groups`
-):
+)->None:
     "Freeze the groups before `n`, and leave frozen what was frozen by hand; raises `OptimizerStateError` if there is no such group"
     n = group_number(self.learn.splitter.find(self.model), n, f'`freeze_to({n!r})`', OptimizerStateError)
     self.release()

@@ -21,7 +21,7 @@ from .learner import _preset_lrs
 
 # %% ../nbs/06d_group_table.ipynb #5c001ea5
 def groups_of(
-    learn, # A `Learner`
+    learn:Learner, # A `Learner`
 )->LayerGroups: # By its own splitter, where this package has not split it
     "The groups of `learn`, whoever split it"
     if in_layer_groups(learn): return learn.splitter.find(learn.model)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from math import ceil
+from typing import Callable
 
 import numpy as np
 from fastcore.basics import patch
@@ -253,10 +254,10 @@ def cut_groups(
 def layer_groups(
     model:nn.Module, # Any model; not changed
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
-    arch=None, # Architecture name or function, for a body that fastai cut from a torchvision model
-    x=None, # A batch to trace unknown models with; zeros of `input_size` if `None`
+    arch:str|Callable|None=None, # Architecture name or function, for a body that fastai cut from a torchvision model
+    x:object=None, # A batch to trace unknown models with; zeros of `input_size` if `None`
     input_size:tuple|None=None, # `(channels, height, width)` to trace unknown models with, in pixels
-    new=(), # New layers besides the head: names of modules or parameters, modules, parameters, or one of these
+    new:object=(), # New layers besides the head: names of modules or parameters, modules, parameters, or one of these
 )->LayerGroups: # Named groups in execution order, the head last
     "The layer groups of `model`; raises `SplitterError` for an impossible `n_groups` or a model without a valid order"
     return cut_groups(model_map(model, arch, x, input_size, new), n_groups)
@@ -265,17 +266,17 @@ def layer_groups(
 class Splitter:
     "A fastai splitter: model -> its parameters in layer groups"
     def __init__(self,
-        arch=None, # Architecture name or function; not needed where the model tells
+        arch:str|Callable|None=None, # Architecture name or function; not needed where the model tells
         n_groups:int|str|None=None, # As in `layer_groups`
         groups:LayerGroups|None=None, # Groups found before
-        new=(), # New layers besides the head, as in `layer_groups`; modules and parameters are kept as names once they are found
+        new:object=(), # New layers besides the head, as in `layer_groups`; modules and parameters are kept as names once they are found
     ):
         if arch is not None: find_family(arch)
         self.arch,self.n_groups,self.groups,self.new = arch,n_groups,groups,new
 
     def find(self,
         model:nn.Module, # The model that it is for
-        x=None, # A batch to trace an unknown model with
+        x:object=None, # A batch to trace an unknown model with
     )->LayerGroups: # Its layer groups
         "The groups of `model`, found anew unless the ones at hand fit it"
         if self.groups is not None and not self.groups.mismatch(model): return self.groups
@@ -292,7 +293,7 @@ class Splitter:
     def __repr__(self): return f'Splitter(arch={self.arch!r}, n_groups={self.n_groups!r})'
 
 def in_layer_groups(
-    learn, # A `Learner`
+    learn:object, # A `Learner`
 )->bool: # Is its splitter a `Splitter`?
     "Was `learn` split by this package?"
     return isinstance(getattr(learn, 'splitter', None), Splitter)

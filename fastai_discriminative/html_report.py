@@ -25,6 +25,7 @@ from .probe import *
 from .learner import *
 from .rates import *
 from .preflight import *
+from .report import *
 
 # %% ../nbs/10a_html_report.ipynb #f139d2ef
 _style = """
@@ -161,8 +162,8 @@ def _code(learn, look, seed):
 def discriminative_report(self:Learner,
     fname:str|Path='report.html', # File to write
     title:str|None=None, # Title of the page; architecture and data if `None`
-    preflight=None, # A `Preflight`; the learner's last one if `None`
-    meter=None, # A `DistortionMeter` that saw a fit
+    preflight:Preflight|None=None, # A `Preflight`; the learner's last one if `None`
+    meter:DistortionMeter|None=None, # A `DistortionMeter` that saw a fit
     seed:int|None=None, # Seed that you set, if you did
     code:str|None=None # Code to show; what the learner knows if `None`
 )->Path: # The file

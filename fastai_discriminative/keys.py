@@ -36,7 +36,7 @@ class _Same:
 def model_key(
     model:nn.Module, # Any model
     prefix, # Its `FrozenPrefix`
-)->list: # To be compared
+)->tuple: # To be compared
     "Changes with the modules of `model`, the values of its frozen parameters, and those of the buffers in `prefix`"
     ps = [(n, _crc(p)) for n,p in model.named_parameters() if not p.requires_grad]
     return [_Same(m) for m in model.modules()],ps,[_crc(b) for m in prefix.modules for b in m.buffers()]

@@ -18,6 +18,7 @@ from dataclasses import dataclass,field,replace
 from fnmatch import fnmatch
 from functools import cached_property
 from os.path import commonprefix
+from typing import Callable,Iterable
 
 import pandas as pd
 from fastcore.basics import patch
@@ -35,7 +36,7 @@ _all_ = ['ModelLayer']
 
 # %% ../nbs/01c_layers.ipynb #aeac1841
 def common_name(
-    names, # Names of parameters
+    names:Iterable, # Names of parameters
 )->str: # What they have in common, without a last `weight` or `bias`
     "What parameter `names` have in common: `['a.0.w', 'a.0.b']` -> `'a.0'`"
     a,b = min(names),max(names)
@@ -114,7 +115,7 @@ def _parts(model, min_n=10, max_n=150, share=0.25):
 # %% ../nbs/01c_layers.ipynb #9dd1a159
 def clean_trace(
     model:nn.Module, # Any model
-    x=None, # As for `trace_order`
+    x:object=None, # As for `trace_order`
     input_size:tuple|None=None, # As for `trace_order`, in pixels
 )->ModelTrace: # With names as `named_params` has them
     "`trace_order` with clean names"
@@ -247,7 +248,7 @@ def _part_names(item, params):
 
 def new_parts(
     model:nn.Module, # Any model
-    new=(), # Names of modules or parameters, patterns, modules, parameters, or one of these; or a dict that this function returned
+    new:object=(), # Names of modules or parameters, patterns, modules, parameters, or one of these; or a dict that this function returned
 )->dict: # What to call it -> names of its parameters
     "Which parameters of `model` are meant by `new`; raises `SplitterError` for what is in none of them"
     if isinstance(new, dict): return new
@@ -297,7 +298,7 @@ class ModelMap:
         new = {*self.head, *(n for ns in self.new.values() for n in ns)}
         return {n:n in new for n in self.shapes}
     def n_params(self,
-        names, # Names of parameters
+        names:Iterable, # Names of parameters
     )->int: # Number of values in them
         "How large are parameters `names`?"
         return sum(math.prod(self.shapes[n]) for n in names)
@@ -355,10 +356,10 @@ def _without(params, new):
 # %% ../nbs/01c_layers.ipynb #d9330ffd
 def model_map(
     model:nn.Module, # Any model; not changed
-    arch=None, # Architecture name or function, for a body that fastai cut from a torchvision model
-    x=None, # A batch to trace unknown models with; zeros of `input_size` if `None`
+    arch:str|Callable|None=None, # Architecture name or function, for a body that fastai cut from a torchvision model
+    x:object=None, # A batch to trace unknown models with; zeros of `input_size` if `None`
     input_size:tuple|None=None, # `(channels, height, width)` to trace unknown models with, in pixels
-    new=(), # New layers besides the head, as in `new_parts`
+    new:object=(), # New layers besides the head, as in `new_parts`
 )->ModelMap: # For this model and for any with the same names
     "Find the layers of `model` and all that is known of its parameters; raises `SplitterError` for a model without a valid order"
     model = unwrap_model(model)

@@ -79,16 +79,16 @@ def _check_units(preset, opt_func):
 
 # %% ../nbs/06_learner.ipynb #4470742c
 def body_is_random(
-    learn, # A `Learner`
+    learn:Learner, # A `Learner`
 )->bool: # `False` where nobody said so
     "Was the model of `learn` made with `pretrained=False`, and has `load_pretrained` read nothing into it since?"
     return getattr(learn, 'pretrained', None) is False and not any('not_in_checkpoint' in vars(m) for m in learn.model.modules())
 
 # %% ../nbs/06_learner.ipynb #7f63b242
 def warn_if_random(
-    learn, # A `Learner` in layer groups
-    phases, # Of `Phase`
-):
+    learn:Learner, # A `Learner` in layer groups
+    phases:list, # Of `Phase`
+)->None:
     "Say so where `phases` freeze layers that are as random as the head"
     if learn.preset is not None and learn.preset.regime=='random' and any(p.frozen for p in phases):
         warnings.warn("Nothing in this model is pretrained, so layers that are frozen stay random. Use `fit_strategy('auto', n)` or `fit_one_cycle(n, 'preset')`, which train all of them; "
@@ -130,10 +130,10 @@ def _new_opt(learn, n_frozen, still, **attrs):
 @patch
 def split(self:Learner,
     n_groups:int|str|None=None, # Number of groups with the head's, `'block'` for one a layer, `None` for the family's default
-    preset=None, # `Preset`, or the architecture whose preset to use; if `None` the model's own, or one rate for all layers of a random one
+    preset:Preset|str|None=None, # `Preset`, or the architecture whose preset to use; if `None` the model's own, or one rate for all layers of a random one
     train_norm:bool|str='group', # Which norm layers train: `'group'`, `'affine'`, `'running'`, `True` or `False`; see `TrueFreeze`
     fused:bool=False, # Use torch's fused AdamW (`fused_adamw`) in place of the learner's optimiser?
-    new=(), # Layers that are new, besides the head: names of modules or parameters, modules, parameters, or one of these
+    new:object=(), # Layers that are new, besides the head: names of modules or parameters, modules, parameters, or one of these
 )->Learner: # The same learner
     "Put the learner into layer groups; raises `SplitterError`, `FamilyError` or `PresetError` and changes nothing if that cannot be done"
     arch,opt_func = getattr(self, 'arch', None),fused_adamw if fused else self.opt_func
@@ -157,15 +157,18 @@ def _takes_groups(name, f, always=False):
     @wraps(stock)
     def _f(self, *args, **kwargs): return (f if always or in_layer_groups(self) else stock)(self, *args, **kwargs)
     _f._stock = stock
+    _f.__doc__ = f"{stock.__doc__}\n\nOf a learner in layer groups: {f.__doc__}"
     setattr(Learner, name, _f)
 
 # %% ../nbs/06_learner.ipynb #f115c5dc
 def _freeze_to(learn, n):
+    "What is frozen does not move; `n` may also be the name of a group, a layer or a module"
     if learn.opt is None: learn.create_opt()
     learn.true_freeze.freeze_to(n)
     learn.opt.clear_state()
 
 def _freeze(learn):
+    "The groups of the pretrained body are frozen, and what comes after them trains"
     groups = learn.splitter.find(learn.model)
     learn.freeze_to(min(groups.n_body, len(groups)-1))
 
@@ -174,6 +177,7 @@ _takes_groups('freeze', _freeze)
 
 # %% ../nbs/06_learner.ipynb #8962a0fe
 def _fine_tune(learn, *args, resume=None, **kwargs):
+    "`base_lr` may also be 'preset', a `Preset`, or rates by name"
     if resume is not None: raise ResumeError("`fine_tune` is two fits, and a file holds one. Use `fit_strategy('discriminative', n, resume='file')`.")
     stock,lr = Learner.fine_tune._stock,kwargs.get('base_lr', args[1] if len(args)>1 else None)
     if not isinstance(lr, (str,Preset,dict)): return stock(learn, *args, **kwargs)
@@ -239,7 +243,7 @@ def _freeze_as_saved(learn, cold, by_hand):
 
 # %% ../nbs/06_learner.ipynb #17ea4924
 def _load(learn, file, *args, **kwargs):
-    "fastai's `load`: the model whole or not at all, the optimiser's state by name, and what was frozen"
+    "The model is loaded whole or not at all, the optimiser's state by name, and what was frozen is frozen again"
     model,opt = learn.model,learn.opt
     if opt is None: learn.create_opt()
     new,state = learn.opt,_OptState(learn)
@@ -260,8 +264,8 @@ _takes_groups('load', _load)
 FitCase = namedtuple('FitCase', 'bs accum world_size n_steps size') # what a preset's rates depend on
 
 def fit_case(
-    learn, # A `Learner`
-    cbs=None, # Callbacks that the fit adds
+    learn:Learner, # A `Learner`
+    cbs:Callback|list|None=None, # Callbacks that the fit adds
     n_epoch:int|None=None, # Its epochs; `None` if they are not known
 )->FitCase: # Batch size of a process, batches accumulated before a step, processes, steps of the optimiser, image size in pixels
     "What is known about a fit before its first step"
@@ -336,13 +340,15 @@ def _takes_preset(name, arg):
             for cb in [*self.cbs, *cbs]:
                 if isinstance(cb, HoldingCallback): cb.release()
     _f._stock = f
+    _f.__doc__ = (f"{f.__doc__}\n\nOf a learner in layer groups, `{arg}` may also be 'preset', a `Preset`, or rates by name, as in {{'head': 1e-3}}. "
+        "`resume` may name a file to write at the end of each epoch, and to go on from if it is there.")
     setattr(Learner, name, _f)
 
 for _name,_arg in dict(fit='lr', fit_one_cycle='lr_max', fit_flat_cos='lr', fit_sgdr='lr_max').items(): _takes_preset(_name, _arg)
 
 # %% ../nbs/06_learner.ipynb #4a23090a
 def _save(learn, file, **kwargs):
-    "fastai's `save`, in one move, with the optimiser's state by name"
+    "Written in one move, with the optimiser's state by name"
     stock,dst,opt = Learner.save._stock,join_path_file(file, learn.path/learn.model_dir, ext='.pth'),learn.opt
     if opt is not None: learn.opt = _OptState(learn)
     try:
@@ -352,7 +358,7 @@ def _save(learn, file, **kwargs):
     return dst
 
 def _export(learn, fname='export.pkl', **kwargs):
-    "fastai's `export`, in one move"
+    "Written in one move"
     stock,old = Learner.export._stock,(learn.dls,learn.opt)
     if rank_distrib(): return stock(learn, fname, **kwargs)
     with written_aside(learn.path/fname) as tmp:

@@ -111,7 +111,7 @@ class FoundRates:
 # %% ../nbs/09_lr_finder.ipynb #5d06c0eb
 @patch
 def plot(self:FoundRates,
-    ax=None, # matplotlib's axes; new ones if `None`
+    ax:plt.Axes|None=None, # matplotlib's axes; new ones if `None`
     figsize:tuple=(6,3.8) # In inches, for new axes
 )->plt.Axes: # The axes
     "The curves over the rate, and what was found: for each group a point on its curve, or a line for the head's rate"
@@ -192,11 +192,11 @@ def lr_find_groups(self:Learner,
     method:str='trials', # `'trials'`, `'joint'`, `'ratios'` or `'groups'`
     n_epoch:int=5, # Epochs of the fit to come: what `'trials'` finds depends on its length
     ratio:float|None=None, # For `'joint'`: first layer's rate over that of the end of the body; the preset's slope if `None`, 1 for one rate everywhere
-    start_lr=1e-7, # Rate of the head at the first step of a range test; or one a group, or some by name
-    end_lr=10, # The same at the last step
+    start_lr:float|list|dict=1e-7, # Rate of the head at the first step of a range test; or one a group, or some by name
+    end_lr:float|list|dict=10, # The same at the last step
     num_it:int|None=None, # Steps of a range test; 100 for `'joint'` and `'ratios'`, 40 for `'groups'` if `None`
     stop_div:bool=True, # Stop a range test when its loss is four times the lowest?
-    suggest=SuggestionMethod.Valley # How a range test's curve becomes one rate
+    suggest:Callable=SuggestionMethod.Valley # How a range test's curve becomes one rate
 )->FoundRates: # Takes the place of a rate: `learn.fit_one_cycle(5, found)`
     "Find a learning rate for each layer group; raises `ReportError` or `PresetError` and leaves everything as it was"
     if method not in _methods: raise ReportError(f"Unknown method {method!r}.{near_matches(method, _methods)} There are: {', '.join(_methods)}.")

@@ -16,7 +16,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Real
-from typing import Callable,Iterable
+from typing import Callable,Iterable,Iterator
 from warnings import warn
 
 import numpy as np,torch
@@ -268,7 +268,7 @@ class FusedOptimizer(_FusedSteps):
         self._stale = True
 
     @property
-    def param_lists(self): return self._lists
+    def param_lists(self)->list: return self._lists
     @param_lists.setter
     def param_lists(self, v): self._lists,self._stale = [list(o) for o in v],True
 
@@ -290,7 +290,7 @@ class FusedOptimizer(_FusedSteps):
 @patch
 def freeze_to(self:FusedOptimizer,
     n:int # Groups before this one are frozen; negative counts from the end
-):
+)->None:
     "Freeze the groups before `n`: their gradients are `None` and nothing in them moves by one bit"
     n_gs = len(self._lists)
     if n < -n_gs: raise OptimizerStateError(
@@ -302,7 +302,7 @@ def freeze_to(self:FusedOptimizer,
 
 # %% ../nbs/05_optimizer.ipynb #b059216c
 @patch
-def clear_state(self:FusedOptimizer):
+def clear_state(self:FusedOptimizer)->None:
     "Drop all moments; keep fastai's flags (does nothing within `keep_state`)"
     if self._keep: return
     self.opt.state = defaultdict(dict)
@@ -311,7 +311,7 @@ def clear_state(self:FusedOptimizer):
 
 @patch
 @contextmanager
-def keep_state(self:FusedOptimizer):
+def keep_state(self:FusedOptimizer)->Iterator[None]:
     "Within this context `clear_state` does nothing, so `learn.freeze_to` and `learn.unfreeze` keep the moments"
     old,self._keep = self._keep,True
     try: yield self
@@ -329,7 +329,7 @@ def state_dict(self:FusedOptimizer)->dict: # Keys `state` and `hypers` as in fas
 @patch
 def load_state_dict(self:FusedOptimizer,
     sd:dict # From `state_dict` of this class, a fastai optimiser, or an `OptimWrapper`
-):
+)->None:
     "Load moments, and hyper-parameters if the groups are the same; if they do not fit, change nothing and raise `OptimizerStateError`"
     ps = [p for o in self._lists for p in o]
     try:

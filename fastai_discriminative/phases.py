@@ -86,7 +86,7 @@ class StrategyRun(HoldingCallback):
     ): self.phases,self.cached,self.close,self.at,self.peaks,self._norm,self.hps = phases,cached,close,None,None,None,{}
 
     @property
-    def phase(self)->Phase: # `None` before the first
+    def phase(self)->Phase|None: # `None` before the first
         "The phase that runs now"
         return None if self.at is None else self.phases[self.at]
 
@@ -187,7 +187,7 @@ def register_strategy(
     name:str, # For `fit_strategy` and `compare_strategies`
     source:str='', # Where it comes from
     keep_best:bool|type=False, # Restore the best epoch's weights at the end? Needs a validation set. Or a subclass of `KeepBest` that chooses in another way
-    fit=None # For a strategy that is no list of phases: a function of `(learner, n_epoch, **kwargs)`
+    fit:Callable|None=None # For a strategy that is no list of phases: a function of `(learner, n_epoch, **kwargs)`
 )->Callable: # A decorator for a function of `(n_epoch, preset, groups)`, whose docstring says when to use it
     "Make a function that returns phases a strategy by name; raises `StrategyError` if the name is taken by another function"
     def _f(f):
@@ -263,12 +263,12 @@ def _check_by_hand(learn, phases):
 # %% ../nbs/07b_phases.ipynb #9b2741e5
 @patch
 def fit_strategy(self:Learner,
-    strategy='auto', # Name, `Strategy`, or list of `Phase`
+    strategy:str|Strategy|list='auto', # Name, `Strategy`, or list of `Phase`
     n_epoch:int|None=None, # Epochs after a phase for the head alone, as in `fine_tune`; `None` for a list of phases
     wd:float|None=None, # Weight decay; the learner's if `None`
-    cbs=None, # Callbacks, which see all phases as one fit
+    cbs:Callback|list|None=None, # Callbacks, which see all phases as one fit
     monitor:str|None=None, # What `auto` keeps the best of: a metric or `'valid_loss'`; the first metric if `None`
-    comp=None, # `np.greater` if more of it is better, `np.less` if not; found out by the name if `None`
+    comp:Callable|None=None, # `np.greater` if more of it is better, `np.less` if not; found out by the name if `None`
     start_epoch:int=0, # Go on with this epoch of the whole fit, with the weights as they are
     resume:str|Path|None=None # File to write to at the end of each epoch, and to go on from if it is there, bit for bit; see the page on `resume`
 )->None: # Nothing; the learner is trained in place
@@ -305,10 +305,10 @@ def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch, file):
 
 # %% ../nbs/07b_phases.ipynb #97c8c255
 def strategy_phases(
-    learn, # A `Learner`; it is split if it has no layer groups
-    strategy='auto', # Name, `Strategy`, or list of `Phase`
+    learn:Learner, # A `Learner`; it is split if it has no layer groups
+    strategy:str|Strategy|list='auto', # Name, `Strategy`, or list of `Phase`
     n_epoch:int|None=None, # As in `fit_strategy`
-    cbs=None # Callbacks that the fit adds
+    cbs:Callback|list|None=None # Callbacks that the fit adds
 )->list: # Of `Phase`, with a list of one rate a group in `lr`
     "The phases that `fit_strategy` runs; raises `StrategyError` or `PresetError` as it does"
     _ready(learn)
@@ -319,7 +319,7 @@ def strategy_phases(
 
 @patch
 def rates_at(self:Phase,
-    shares, # Of the phase, from 0 for its first batch to 1
+    shares:Iterable, # Of the phase, from 0 for its first batch to 1
 )->np.ndarray: # Groups x shares; `nan` where frozen
     "Rates of each group over the phase, of one from `strategy_phases`"
     res = np.outer(self.lr, [float(_schedule(self.sched)[0](o)) for o in shares])

@@ -86,7 +86,7 @@ class Point:
 def pick_point(
     points:list, # `Point`s; the head alone, if it is there, first
     comp # `np.greater` if more of the metric is better, `np.less` if not
-)->Point: # `None` if there is none with a finite loss
+)->Point|None: # `None` if there is none with a finite loss
     "The lowest loss of `points`, among those whose metric is not worse than the first one's"
     ok = [p for p in points if math.isfinite(p.loss) and math.isfinite(p.value)]
     return min((p for p in ok if not comp(ok[0].value, p.value)), key=lambda p: p.loss, default=None)

@@ -18,6 +18,7 @@ from fastai.vision.all import *
 
 from .core import *
 from .files import *
+from .explain import *
 from .demo import *
 
 # %% ../nbs/14a_predict.ipynb #103952de
@@ -62,7 +63,7 @@ def _of_table(path):
 
 # %% ../nbs/14a_predict.ipynb #8b11d699
 def find_images(
-    path, # A folder of images, a table (`.csv`) that names some, a folder with both, or a list of files
+    path:str|Path|list, # A folder of images, a table (`.csv`) that names some, a folder with both, or a list of files
 )->UnseenImages: # In the order of the table, or of their paths
     "The images to predict at `path`; raises `DataError` if there are none, or if one that a table names is missing"
     if isinstance(path, UnseenImages): return path
@@ -148,8 +149,8 @@ def _labels(loss_func, preds, classes):
 
 # %% ../nbs/14a_predict.ipynb #d610264b
 def predict_images(
-    learners, # A `Learner`, a file that `learn.export` wrote, a folder of such files (`learner*.pkl`), or a list of these
-    images, # As for `find_images`
+    learners:Learner|str|Path|list, # A `Learner`, a file that `learn.export` wrote, a folder of such files (`learner*.pkl`), or a list of these
+    images:str|Path|list, # As for `find_images`
     tta:int=0, # Augmented copies of each image that are asked about too, as in fastai's `tta`; 0 for none
     bs:int=64, # Batch size
     num_workers:int=0, # Processes that load images
@@ -190,7 +191,7 @@ def _columns(p, like, positive):
 @patch
 def table(
     self:Predictions,
-    like=None, # Sample submission: a file or a `DataFrame`, whose first column names the images; `None` for names and labels
+    like:str|Path|pd.DataFrame|None=None, # Sample submission: a file or a `DataFrame`, whose first column names the images; `None` for names and labels
     positive:str|None=None # Class whose probability is asked for, in a sample with one column of numbers
 )->pd.DataFrame: # A row for each image, or for each row of the sample
     "The predictions in the shape of a sample submission; raises `DataError` if they do not fit it"
@@ -207,8 +208,8 @@ def table(
 @patch
 def save(
     self:Predictions,
-    fname, # File to write (`.csv`), whole or not at all
-    like=None, # As for `table`
+    fname:str|Path, # File to write (`.csv`), whole or not at all
+    like:str|Path|pd.DataFrame|None=None, # As for `table`
     positive:str|None=None # As for `table`
 )->Path: # `fname`
     "Write `table` to a file"
@@ -218,7 +219,7 @@ def save(
 
 # %% ../nbs/14a_predict.ipynb #dc194af0
 def image_folds(
-    images, # A folder, as for `folder_images`, or its result
+    images:object, # A folder, as for `folder_images`, or its result
     n_folds:int=5, # Parts, each of which validates once
     seed:int=42 # Seed of the deal
 )->list: # Of `FolderImages`, for `demo_dls`
@@ -232,7 +233,7 @@ def image_folds(
     return [_fold(v) for _,v in StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(fi.files, fi.labels)]
 
 def fold_predictions(
-    learners, # One a fold, each with its validation images; they may be trained on the way, one after the other
+    learners:Iterable, # One a fold, each with its validation images; they may be trained on the way, one after the other
     tta:int=0, # As for `predict_images`
     seed:int=42 # Seed of the augmentations
 )->Predictions: # Of all images that somebody validated on
@@ -247,3 +248,6 @@ def fold_predictions(
     if not preds: raise DataError("There is no learner to ask.")
     preds = torch.cat(preds)
     return Predictions(UnseenImages(files, list(map(str, files))), preds.numpy(), first[1], _labels(first[0], preds, first[1]), targets)
+
+# %% ../nbs/14a_predict.ipynb #fe38a75c
+explain_rooms(__name__)

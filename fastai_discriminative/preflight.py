@@ -115,9 +115,9 @@ _last = WeakKeyDictionary()
 @patch
 def preflight(self:Learner,
     n_epoch:int|None=None, # Epochs, as the fit takes them; `None` for a list of phases
-    strategy=None, # As for `fit_strategy`; `None` for a fit such as `fit_one_cycle`
-    lr=None, # As for `fit_one_cycle`; `None` for the preset, or the learner's own
-    cbs=None # Callbacks that the fit adds
+    strategy:str|Strategy|list|None=None, # As for `fit_strategy`; `None` for a fit such as `fit_one_cycle`
+    lr:object=None, # As for `fit_one_cycle`; `None` for the preset, or the learner's own
+    cbs:Callback|list|None=None # Callbacks that the fit adds
 )->Preflight: # Text in a terminal, tables in a notebook
     "Say what a fit is going to do and what is unusual, and change nothing; raises `StrategyError` or `PresetError` for a fit that cannot begin"
     if getattr(self, 'dl', None) is not None: raise StrategyError("A fit is running. Look before it, or after it.")
@@ -128,7 +128,7 @@ def preflight(self:Learner,
     return _last[self]
 
 def last_preflight(
-    learn, # A `Learner`
+    learn:Learner, # A `Learner`
 )->Preflight|None: # `None` if none was made
     "The result of the last `preflight` of `learn`, for a report"
     return _last.get(learn)

@@ -14,6 +14,7 @@ import math,re
 from collections import namedtuple
 from dataclasses import dataclass,field,replace
 from functools import lru_cache
+from typing import Callable
 
 import numpy as np, timm
 from fastcore.basics import patch
@@ -79,7 +80,7 @@ def regime_of(
 
 # %% ../nbs/03_presets.ipynb #13404a96
 def has_batch_norm(
-    what # A model, an architecture of timm by name, or the answer
+    what:nn.Module|str|bool # A model, an architecture of timm by name, or the answer
 )->bool: # `False` for a name that timm does not know
     "Does a model have layers of BatchNorm?"
     if isinstance(what, bool): return what
@@ -204,7 +205,7 @@ def _depths(groups):
 @patch
 def lrs(
     self:Preset,
-    groups, # `LayerGroups`, a list of depths in [0,1], or a number of groups (evenly spaced)
+    groups:object, # `LayerGroups`, a list of depths in [0,1], or a number of groups (evenly spaced)
 )->np.ndarray: # One learning rate per group, in the order of `groups`
     "Learning rates for `groups`; raises `PresetError` for depths outside [0,1]"
     d = _depths(groups)
@@ -366,7 +367,7 @@ def _law(p, what):
 
 # %% ../nbs/03_presets.ipynb #c858f222
 def preset_for(
-    x, # Architecture name (with or without pretrained tag), architecture function, or model, as for `find_family`
+    x:str|Callable, # Architecture name (with or without pretrained tag), architecture function, or model, as for `find_family`
     bs:float|None=None, # Batch size of one process; `None` for the reference, 64
     accum:int=1, # Batches accumulated before a step
     world_size:int=1, # Processes that train together

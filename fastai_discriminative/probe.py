@@ -203,7 +203,7 @@ def looking(
 @contextmanager
 def unmoved(
     model:nn.Module, # Any model
-)->list: # Of the parameters and copies of their values, as pairs
+)->Iterator[list]: # Of the parameters and copies of their values, as pairs
     "Put the parameters of `model` back afterwards"
     old = [(p, p.detach().clone()) for p in model.parameters()]
     try: yield old

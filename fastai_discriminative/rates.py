@@ -31,9 +31,9 @@ def _called(strategy, phases): return strategy if isinstance(strategy, str) else
 
 @patch
 def plot_strategy(self:Learner,
-    strategy='auto', # Name, `Strategy`, or list of `Phase`
+    strategy:str|Strategy|list='auto', # Name, `Strategy`, or list of `Phase`
     n_epoch:int|None=None, # As in `fit_strategy`
-    ax=None, # matplotlib's axes; new ones if `None`
+    ax:plt.Axes|None=None, # matplotlib's axes; new ones if `None`
     figsize:tuple|None=None # In inches, for new axes; by the number of groups if `None`
 )->plt.Axes: # The axes
     "Layer groups over time, coloured by learning rate; frozen ones are hatched. Of rates that are measured, those with which the measuring begins"
@@ -101,9 +101,9 @@ def _recorded(learn, key):
 # %% ../nbs/07d_rates.ipynb #b3a578b5
 @patch
 def plot_rates(self:Learner,
-    what=None, # Of a fit to come: a strategy as in `fit_strategy`, or a rate as in `fit_one_cycle`, such as `'preset'`; `None` for the last fit
+    what:object=None, # Of a fit to come: a strategy as in `fit_strategy`, or a rate as in `fit_one_cycle`, such as `'preset'`; `None` for the last fit
     n_epoch:int|None=None, # Epochs of the fit to come
-    ax=None, # matplotlib's axes; new ones if `None`
+    ax:plt.Axes|None=None, # matplotlib's axes; new ones if `None`
     figsize:tuple=(6,3.8), # In inches, for new axes
     key:str='lr' # Of the last fit: another hyper-parameter, such as `'mom'` or `'wd'`
 )->plt.Axes: # The axes

@@ -93,7 +93,7 @@ _labels = dict(gradient="norm of the gradient", update="update (share of the wei
 @patch
 def plot(self:StepMeter,
     what:str='update', # `'gradient'` or `'update'`
-    ax=None, # matplotlib's axes; new ones if `None`
+    ax:plt.Axes|None=None, # matplotlib's axes; new ones if `None`
     figsize:tuple=(6,3.8) # In inches, for new axes
 )->plt.Axes: # The axes
     "The size of each group's gradients or updates over the steps of the last fit, each point a mean over a fortieth of it"

@@ -152,14 +152,14 @@ def arch_of(
 
 # %% ../nbs/00_registry.ipynb #6d9b6328
 def is_family_name(
-    x, # Anything that names an architecture
+    x:object, # Anything that names an architecture
 )->bool: # Is it a string that names a family, and no architecture of timm?
     "Is `x` the name of a family?"
     _load_plugins()
     return isinstance(x, str) and x in _families and not timm.is_model(x)
 
 def find_family(
-    x, # Architecture name (with or without pretrained tag), architecture function, or model
+    x:str|Callable, # Architecture name (with or without pretrained tag), architecture function, or model
 )->Family: # The registered family, or one named after the defining module and with `layers=None`
     "The `Family` of `x`; raises `FamilyError` naming the near matches for a name that nobody knows"
     _load_plugins()
@@ -174,7 +174,7 @@ def find_family(
 
 # %% ../nbs/00_registry.ipynb #11afa120
 def arch_family(
-    arch, # Architecture name or function
+    arch:str|Callable, # Architecture name or function
 )->Family: # As `find_family` has it
     "The `Family` of something that a model can be built from; raises `FamilyError` for a family's own name"
     fam = find_family(arch)

@@ -69,7 +69,7 @@ class DistortionMeter(Callback):
         if n_images<4: raise ReportError(f"`n_images` must be at least 4, got {n_images}.")
         self.n_images,self.rows,self._ref = n_images,[],None
 
-    def reset(self):
+    def reset(self)->None:
         "Forget what was recorded; the next fit sets the reference anew"
         self.rows,self._ref = [],None
 
@@ -121,7 +121,7 @@ _drifts = dict(moved=dict(label='moved (share of its norm)', cmap='viridis', nor
 @patch
 def plot_drift(self:DistortionMeter,
     what:str='moved', # `'moved'` for the weights, `'cka'` for what is left of what they said
-    ax=None, # matplotlib's axes; new ones if `None`
+    ax:plt.Axes|None=None, # matplotlib's axes; new ones if `None`
     figsize:tuple|None=None # In inches, for new axes; by the number of groups if `None`
 )->plt.Axes: # The axes
     "How far each group is from where it began, over the epochs"

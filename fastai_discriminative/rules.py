@@ -13,6 +13,7 @@ __all__ = ['splitter_error', 'group_faults', 'check_splitter']
 import pickle
 from bisect import bisect_right
 from collections.abc import Sized
+from typing import Callable
 
 from torch import nn
 
@@ -122,7 +123,7 @@ def _labels(lists):
     return lambda i: f'group {i} ({names[i]!r})' if i<len(names) else f'group {i}'
 
 def splitter_error(
-    splitter, # What is wrong, for the message
+    splitter:object, # What is wrong, for the message
     faults:list, # Sentences
     most:int=30, # List so many of them
 )->SplitterError: # To be raised
@@ -134,9 +135,9 @@ def splitter_error(
 
 # %% ../nbs/02a_rules.ipynb #29e10fa1
 def group_faults(
-    lists, # A splitter's result
+    lists:list, # A splitter's result
     params:dict, # Name -> parameter of the model
-    trace, # Function that returns its `ModelTrace`, with clean names
+    trace:Callable, # Function that returns its `ModelTrace`, with clean names
     wrapped:bool=False, # Is a known backbone inside a model of somebody's own, which may have new layers before it?
 )->list: # Sentences
     "What breaks rules 1 and 2"
@@ -145,10 +146,10 @@ def group_faults(
     return list(_partition_faults(lists, where, strange, label)) or list(_order_faults(where, trace(), label, skip))
 
 def check_splitter(
-    splitter, # Callable from a model to lists of parameters
+    splitter:Callable, # Callable from a model to lists of parameters
     model:nn.Module, # The model that it is for; not changed
     input_size:tuple|None=None, # `(channels, height, width)` for the traced forward pass, in pixels
-    x=None, # Or a batch for it
+    x:object=None, # Or a batch for it
 )->list: # The lists of parameters, in case you want them
     "Check rules 1 to 4 of layer groups; raises `SplitterError` that names each offending parameter, its group and its first use; its `faults` has them all"
     lists,params = splitter(model),named_params(model)

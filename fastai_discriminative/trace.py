@@ -15,6 +15,7 @@ from collections import OrderedDict
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,field
 from functools import partial
+from typing import Callable
 import random
 
 import timm, torch, numpy as np
@@ -202,7 +203,7 @@ def _try_inputs(model, x, input_size):
 # %% ../nbs/01_trace.ipynb #8dac7c5e
 def trace_order(
     model:nn.Module, # Any model, on any device; left exactly as it was
-    x=None, # A batch to run it on (a tensor, a tuple of the model's inputs, or a function that returns one of these); zeros of `input_size` if `None`
+    x:object=None, # A batch to run it on (a tensor, a tuple of the model's inputs, or a function that returns one of these); zeros of `input_size` if `None`
     input_size:tuple|None=None, # `(channels, height, width)` in pixels; looked up or guessed if `None`
 )->ModelTrace: # Parameter names in order of first use
     "Find the order in which `model` uses its parameters, by one forward pass; raises `SplitterError` if it cannot run"
@@ -224,7 +225,7 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 def blank_model(
-    make, # Architecture of timm, or a function without arguments that builds a model
+    make:str|Callable, # Architecture of timm, or a function without arguments that builds a model
     meta:bool=True, # On the meta device where that works?
 )->nn.Module: # With shapes, and without values
     "The model that `make` builds, on the meta device, or, where it reads numbers from tensors while it builds, in memory that nothing is written to"

@@ -1,5 +1,5 @@
-"The rules of the repository that no notebook shows: names, docments, cell lengths, the built package, stated versions"
-import ast,builtins,importlib,inspect,json,re,shutil,subprocess,symtable,sys,tarfile,zipfile
+"The rules of the repository that no notebook shows: names, docments, cell lengths, made files, stated versions"
+import ast,builtins,importlib,inspect,json,re,shutil,subprocess,symtable,sys
 from collections import Counter
 from pathlib import Path
 from fastcore.docments import docments
@@ -30,7 +30,7 @@ def test_nothing_of_fastai_is_shadowed(name):
     assert not clash, f"{name}.__all__ hides names of fastai.vision.all: {clash}"
 
 def test_star_import_gives_our_names_only():
-    rooms = [o.module for o in _tree('all').body if isinstance(o, ast.ImportFrom)]
+    rooms = [o.module for o in _tree('all').body if isinstance(o, ast.ImportFrom) and o.names[0].name=='*']
     ns = {}
     exec('from fastai_discriminative.all import *', ns)
     got,want = {o for o in ns if not o.startswith('__')},{o for m in rooms for o in _all(m)}
@@ -117,36 +117,9 @@ def test_stored_outputs_hold_no_warnings(nb):
     bad = [o[:80] for o in texts if 'site-packages' in o or re.search(r'\w*Warning: ', o)]
     assert not bad, f"warnings in stored outputs: {bad}"
 
-def test_wheel_holds_every_file_of_the_package(tmp_path):
-    for o in [*_files('fastai_discriminative'), 'pyproject.toml', 'README.md', 'LICENSE']:
-        (tmp_path/'src'/o).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root/o, tmp_path/'src'/o)
-    cmd = 'import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])'
-    res = subprocess.run([sys.executable, '-c', cmd, str(tmp_path)], cwd=tmp_path/'src', capture_output=True, text=True)
-    assert not res.returncode, res.stderr[-2000:]
-    held = set(zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist())
-    miss = [o for o in _files('fastai_discriminative') if o not in held]
-    assert not miss, f"not in the wheel: {miss}"
-
-def test_sdist_holds_every_file(tmp_path):
-    "Its tests look at the notebooks, the tools and the benchmarks"
-    for o in _files():
-        (tmp_path/'src'/o).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root/o, tmp_path/'src'/o)
-    cmd = 'import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])'
-    res = subprocess.run([sys.executable, '-c', cmd, str(tmp_path)], cwd=tmp_path/'src', capture_output=True, text=True)
-    assert not res.returncode, res.stderr[-2000:]
-    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as t: held = {o.partition('/')[2] for o in t.getnames()}
-    miss = [o for o in _files() if o not in held]
-    assert not miss, f"not in the sdist: {miss}"
-
 def test_the_package_runs_as_a_module():
     res = subprocess.run([sys.executable, '-m', 'fastai_discriminative', '--version'], cwd=root, capture_output=True, text=True)
     assert res.stdout==f'fastai-discriminative {importlib.import_module("fastai_discriminative").__version__}\n', res.stderr
-
-def test_the_citation_states_the_version():
-    text = (root/'CITATION.cff').read_text(encoding='utf-8')
-    assert re.search(r'^version: (.*)$', text, re.M)[1]==importlib.import_module('fastai_discriminative').__version__
 
 @pytest.mark.parametrize('links,nbs,want', [('[a](groups.html#x) [b](https://x.org/y.html)', 'nbs', '[a](nbs/02_groups.ipynb) [b](https://x.org/y.html)'),
     ('[a](groups.html)', 'https://x.org/r/blob/main/nbs', '[a](https://x.org/r/blob/main/nbs/02_groups.ipynb)')])
