@@ -159,7 +159,7 @@ class EarlyPool(NoPool):
 class NoArgument(NoPool):
     def __init__(self): super().__init__()
 
-@pytest.mark.parametrize('arch,words', [(NoPool,'NoPool has none'), (EarlyPool,'has it so early that 1 of 4 layers would be left'), (NoArgument,'NoArgument.pretrained=...'), (NoPool(),'NoPool.pretrained=...')])
+@pytest.mark.parametrize('arch,words', [(NoPool,'NoPool has none'), (EarlyPool,'has it so early that only 1 of 4 layers would be left'), (NoArgument,'NoArgument.pretrained=...'), (NoPool(),'NoPool.pretrained=...')])
 def test_functions_that_cannot_be_cut(dls, arch, words):
     tfms = list(dls.after_batch.fs)
     with pytest.raises(SplitterError, match=words) as e: discriminative_learner(dls, arch, pretrained=False)

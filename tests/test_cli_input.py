@@ -55,7 +55,7 @@ done = [['groups','resnet10t'], ['groups','resnet10t','--n-groups','block'], ['g
 
 refused = [(2, *o) for o in [
     *[(c, 'Unknown architecture') for c in _each(['groups'], '', ' ', '../x', '.', '/', '\udcff', 'resnet18\n', 'a'*5000, 'résnet18', 'resnet10t\0')], (['preset',''], 'Unknown architecture'), (['groups','resnet18.zzz'], 'no pretrained tag'),
-    *[(o, 'is a family of architectures') for o in (['groups','resnet'], ['preset','vit'], ['groups','tv_resnet'], ['finetune','ok','--arch','convnext','--from-scratch'])],
+    *[(o, 'is a family, not an architecture') for o in (['groups','resnet'], ['preset','vit'], ['groups','tv_resnet'], ['finetune','ok','--arch','convnext','--from-scratch'])],
     *[(['groups','resnet10t','--n-groups',o], 'impossible') for o in ('-1','0','1','1000000000')], *[(['groups','resnet10t','--n-groups',o], 'neither a whole number') for o in ('BLOCK','1e3','')],
     (['preset','resnet10t','--bs','1'+'0'*30], 'below a billion'), (['preset','resnet10t','--n-steps','0'], 'at least 1'), (['preset','resnet10t','--size','9'*400], 'from 8 to 8192'),
     ([], 'usage'), (['bogus'], 'invalid choice'), (['groups'], 'required'), (['groups','--'], 'required'), (['demo','--data',''], 'invalid choice'), (['--debug'], 'usage'), (['finetune','ok'], '--arch'),

@@ -91,7 +91,7 @@ def test_equal_towers_have_equal_depths_and_rates():
 
 def test_too_few_groups_for_two_towers():
     m = built(lambda: Towers(lambda: nn.Sequential(conv(3,4), conv(4,4))), (3,8,8))
-    with pytest.raises(SplitterError, match='2 branches side by side.*a number from 3 to'): layer_groups(m, 2, x=torch.zeros(2,3,8,8))
+    with pytest.raises(SplitterError, match='2 parallel branches.*a number from 3 to'): layer_groups(m, 2, x=torch.zeros(2,3,8,8))
     assert layer_groups(m, 3, x=torch.zeros(2,3,8,8)).names[-1]=='head'
 
 def test_streams_of_different_lengths():

@@ -60,8 +60,8 @@ def test_what_is_named_and_not_there():
             super().__init__()
             self.drop = nn.Dropout()
     with pytest.raises(SplitterError) as e: layer_groups(Bare(), new='drop')
-    assert "nothing with parameters in this Bare is called so" in str(e.value) and 'mean' not in str(e.value), 'a module without parameters is no better name'
-    with pytest.raises(SplitterError, match='no part of this Adapted'): layer_groups(Adapted(), new=nn.Linear(2,2))
+    assert "no part of this Bare with that name has parameters" in str(e.value) and 'mean' not in str(e.value), 'a module without parameters is no better name'
+    with pytest.raises(SplitterError, match='not part of this Adapted'): layer_groups(Adapted(), new=nn.Linear(2,2))
     with pytest.raises(SplitterError, match='takes names, modules and parameters, not a int'): layer_groups(Adapted(), new=[3])
 
 @pytest.mark.parametrize('opt', opts)

@@ -56,13 +56,13 @@ def test_register_returns_the_function_and_keeps_what_was_said():
 
 def test_duplicate_is_refused_unless_exist_ok():
     register_family('mine', archs='mynet')(_stem)
-    with pytest.raises(FamilyError, match="'mine' is registered already.*exist_ok"): register_family('mine', archs='other')(_stem)
+    with pytest.raises(FamilyError, match="'mine' is already registered.*exist_ok"): register_family('mine', archs='other')(_stem)
     assert find_family('mine').archs==('mynet',)
     register_family('mine', archs='other', exist_ok=True)(_stem)
     assert find_family('mine').archs==('other',) and [f.name for f in list_families()].count('mine')==1
 
 def test_builtin_is_not_replaced_by_accident():
-    with pytest.raises(FamilyError, match='registered already'): register_family('convnext', archs='convnext.*')(_stem)
+    with pytest.raises(FamilyError, match='already registered'): register_family('convnext', archs='convnext.*')(_stem)
     assert find_family('convnext_tiny').layers is not _stem
 
 def test_family_that_matches_nothing_is_refused():
