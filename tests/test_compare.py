@@ -157,8 +157,8 @@ def test_as_many_epochs_as_fit_in_the_seconds(seconds, n):
 
 def test_mistakes_are_named_before_anything_runs():
     def _never(): raise AssertionError('nothing may run')
-    for kw,what in [(dict(strategies=['lpft']), "Did you mean 'lp_ft'"), (dict(strategies=[]), 'No strategies'), (dict(strategies=['auto'], budget='second'), "Did you mean 'seconds'"),
-        (dict(strategies=['auto'], reference='fastai'), 'none of the strategies'), (dict(strategies=['auto'], seeds=[]), 'No seeds'), (dict(strategies=['auto'], n_epoch=0), 'at least 1'),
+    for kw,what in [(dict(strategies=['lpft']), "Did you mean 'lp_ft'"), (dict(strategies=[]), 'no strategies'), (dict(strategies=['auto'], budget='second'), "Did you mean 'seconds'"),
+        (dict(strategies=['auto'], reference='fastai'), 'not one of the strategies'), (dict(strategies=['auto'], seeds=[]), 'no seeds'), (dict(strategies=['auto'], n_epoch=0), 'at least 1'),
         (dict(strategies=[[Phase(1)]]), 'has no name'), (dict(strategies=['auto','auto']), 'Two strategies')]:
         with pytest.raises(StrategyError) as e: compare_strategies(_never, **kw)
         assert what in str(e.value), (what, str(e.value))

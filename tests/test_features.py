@@ -318,7 +318,7 @@ def test_a_callback_that_changes_images_is_refused(folder, cb):
 def test_cached_phases_train_on_images_where_a_callback_changes_them(folder, cb):
     learn,calls = ours(folder),Calls()
     before = state(learn)
-    with pytest.warns(UserWarning, match=f'trains on the data themselves, for 1. {cb.__name__} may change images'):
+    with pytest.warns(UserWarning, match=f'trains on the data for 1 instead. {cb.__name__} may change images'):
         learn.fit_strategy([Phase(10, 1e-2, frozen=-1, cached=True)], cbs=[cb(), calls])
     assert len(learn.recorder.values)==1 and {len(o) for o in calls.shapes}=={4}
     after = state(learn)
@@ -481,7 +481,7 @@ def test_thawed_between_epochs(folder):
             if self.epoch==2: self.learn.unfreeze()
     learn,calls = ours(folder),Calls()
     before = state(learn)
-    with pytest.warns(UserWarning, match='goes on without cached features'): fit(learn, n=3, cbs=[CachedFeatures(), Thaws(), calls])
+    with pytest.warns(UserWarning, match='continues without cached features'): fit(learn, n=3, cbs=[CachedFeatures(), Thaws(), calls])
     dims = [len(o) for o in calls.shapes]
     k = len(learn.dls.train)+len(learn.dls.valid)
     assert {2}==set(dims[:k]) and {4}==set(dims[k:]) and calls.shapes[-1][1:]==(3,32,32)
@@ -578,7 +578,7 @@ def test_no_room_is_said_and_done_without(folder, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: type('U', (), dict(free=0))())
     learn,calls = ours(folder),Calls()
     with pytest.warns(UserWarning) as said: fit(learn, n=3, cbs=[CachedFeatures(ram_gb=0), calls])
-    said = [o for o in said if 'training goes on without them' in str(o.message)]
+    said = [o for o in said if 'Training continues without cached features' in str(o.message)]
     assert len(said)==2, "once for each loader, not in each epoch"
     assert {len(o) for o in calls.shapes}=={4}
 
@@ -605,7 +605,7 @@ def test_norms_that_move(folder):
     learn.opt.freeze_to(-1)
     for s in learn.opt.state.values(): s.pop('force_train', None)
     for p in learn.model[0].parameters(): p.requires_grad_(False)
-    with pytest.raises(FeatureError, match="still move.*in place of True"): learn.fit_one_cycle(1, 1e-3, cbs=CachedFeatures())
+    with pytest.raises(FeatureError, match="still change.*instead of True"): learn.fit_one_cycle(1, 1e-3, cbs=CachedFeatures())
 
 def test_shapes_that_differ():
     rows = features._Rows(4, 1, (torch.zeros(2,5),), (torch.zeros(2),))

@@ -233,7 +233,7 @@ def test_a_file_that_contradicts_itself_loads_the_weights_alone(dls, tmp_path, d
     torch.save(o, file)
     new = fit(learner(dls, n_groups=3, seed=1, path=tmp_path), seed=5)
     was = snap(new)
-    with pytest.warns(UserWarning, match='what it says is frozen is not in it'): new.load('x')
+    with pytest.warns(UserWarning, match='it lists frozen parameters that it does not contain'): new.load('x')
     assert is_as(new, was) and same(weights(new), weights(learn))
 
 def test_a_wrapper_whose_optimiser_cannot_load_is_as_it_was(dls):

@@ -107,7 +107,7 @@ def test_steps_of_recipes_that_no_law_carries_over(dls):
 def test_validation(learn):
     f = found(learn.preflight(1))['validation']
     lo,hi = fg._wilson(.9, 9)
-    assert f.what.startswith('9 images') and f'{lo:.1%} and {hi:.1%}' in f.what and 'below 870 images' in f.what and f.args=='--seeds 5'
+    assert f.what.startswith('9 images') and f'{lo:.1%} and {hi:.1%}' in f.what and 'fewer than 870 images' in f.what and f.args=='--seeds 5'
     assert fg._wilson(.9, 870)==pytest.approx((.87827, .91821), abs=1e-5) # by hand: (p + z2/2n -+ z sqrt(pq/n + z2/4n2))/(1 + z2/n)
 
 @pytest.mark.parametrize('n,says', [(860,True), (870,False)])
@@ -290,7 +290,7 @@ def test_a_finding_that_fails_is_told(learn, monkeypatch):
 
 # ---- what it refuses
 
-@pytest.mark.parametrize('how,msg', [(dict(n_epoch=0), 'at least 1'), (dict(n_epoch=1, strategy='lpft'), "Did you mean 'lp_ft'"), (dict(n_epoch=1, strategy='lp_ft', lr=1e-3), 'rates of its own'),
+@pytest.mark.parametrize('how,msg', [(dict(n_epoch=0), 'at least 1'), (dict(n_epoch=1, strategy='lpft'), "Did you mean 'lp_ft'"), (dict(n_epoch=1, strategy='lp_ft', lr=1e-3), 'its own rates'),
     (dict(n_epoch=1, lr='presets'), 'Did you mean'), (dict(n_epoch=1, lr=[1e-3,1e-2]), '2 learning rates')])
 def test_errors_are_those_of_the_fit(learn, how, msg):
     before = state(learn)

@@ -103,7 +103,7 @@ def test_what_is_complete_is_not_trained_again(bright, tmp_path):
         return middle,state(learn),learn
     a,b,_ = twice(first)
     (tmp_path/'b.pt').unlink()
-    with pytest.warns(UserWarning, match='complete after 4 epochs: nothing is trained'): c,d,learn = twice(other)
+    with pytest.warns(UserWarning, match='complete after 4 epochs. Nothing is trained'): c,d,learn = twice(other)
     equal(a, c)
     equal(b, d)
     assert [p.name for p in learn.auto_evidence.points]==['head','end','average','halfway']
@@ -259,7 +259,7 @@ def test_what_is_no_file_of_a_fit(bright, tmp_path):
     learn.save('model')
     (tmp_path/'folder').mkdir()
     torch.save(Path, tmp_path/'code.pt')
-    for name,text in {'half.pt':'damaged', 'empty.pt':'damaged', 'code.pt':'cannot be read', 'models/model.pth':'something else wrote it', 'folder':'is a folder'}.items():
+    for name,text in {'half.pt':'damaged', 'empty.pt':'damaged', 'code.pt':'cannot be read', 'models/model.pth':'another program wrote it', 'folder':'is a folder'}.items():
         was,held = snapshot(learn),(tmp_path/name).is_file() and (tmp_path/name).read_bytes()
         with pytest.raises(ResumeError, match=text): fits['lp_ft'](learn, resume=tmp_path/name)
         unchanged(learn, was)
