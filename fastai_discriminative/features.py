@@ -177,7 +177,7 @@ def _check_finite(model, ds, part, feats):
         i = part.at[int(bad.nonzero()[0])]%len(ds)
         name = getattr(ds, 'items', {i:None})[i]
         what = f'item {i}' + (f' ({str(name)!r})' if isinstance(name, (str,Path)) else '')
-        raise NotFiniteError(f"The features of {what} are NaN. The first thing that is not finite is {find_nonfinite(model, part.xb) or 'in a layer'}.")
+        raise NotFiniteError(f"The features of {what} are NaN. The first value that is not finite is in {find_nonfinite(model, part.xb) or 'a layer'}.")
 
 # %% ../nbs/07_features.ipynb #701fa527
 class _RowKeeper(HoldingCallback):

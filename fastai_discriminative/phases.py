@@ -37,7 +37,7 @@ _all_ = ['StrategyError','ResumeError','NotFiniteError']
 class Phase:
     "A part of a fit: which groups train, for how long, at which rates; raises `StrategyError` for impossible values"
     n_epoch:int # Number of epochs, at least 1
-    lr:object='preset' # Peak rates: `'preset'`, a `Preset`, a number, slice, list or rates by name as in `fit_one_cycle`; or a function of learner and epoch that returns one of these, called at every epoch of the phase
+    lr:object='preset' # Peak rates: `'preset'`, a `Preset`, a number, slice, list or rates by name as in `fit_one_cycle`; or a function of learner and epoch that returns one of these at each epoch
     frozen:int|str=0 # Freeze the groups before this one, as in `freeze_to`: its index, -1 for the head, or a name
     sched:object='one_cycle' # `'one_cycle'`, `'flat_cos'`, `'cos'`, `'flat'`, `'slanted'`, or a function from [0,1] to the share of the peak rates
     train_norm:bool|str|None=None # Which norm layers train, as in `split`; `None` for the learner's own setting

@@ -179,7 +179,7 @@ def small_vit(**kwargs): return timm.create_model(fixed, num_classes=3, embed_di
 
 def test_a_size_the_model_was_not_built_for(dls):
     small = dict(embed_dim=24, depth=1, num_heads=2)
-    with pytest.raises(DataError, match="224 x 224 pixels, and those of the data have 32 x 32.*Resize.224.*img_size=32.*dynamic_img_size=True"): ours(dls, fixed, **small)
+    with pytest.raises(DataError, match="224 x 224 pixels, but those of the data have 32 x 32.*Resize.224.*img_size=32.*dynamic_img_size=True"): ours(dls, fixed, **small)
     for kw in (dict(img_size=32), dict(dynamic_img_size=True)): ours(dls, fixed, **small, **kw).fit_one_cycle(1, 'preset')
 
 @pytest.mark.parametrize('fit', [lambda l: l.fit_one_cycle(1, 1e-3), lambda l: l.fit(1), lambda l: l.fit_strategy('lp_ft', 1)])

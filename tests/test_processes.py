@@ -76,7 +76,7 @@ def test_a_communication_hook_outlives_a_thaw(ran):
     assert res['hooks']==[['fp16_compress_hook']]*5 and res['n_wrappers']==2
 
 @pytest.mark.parametrize('name, error, words', [('item missing','FeatureError','Another process|gave 15 of 16'), ('late after_pred','RanksError','after this batch had begun'),
-    ('late before_batch','RanksError','`order` is below 5'), ('alone','RanksError','another process trains others')])
+    ('late before_batch','RanksError','`order` is below 5'), ('alone','RanksError','another process trains different ones')])
 def test_what_cannot_be_served_is_an_error_in_all_processes(ran, name, error, words):
     for o in ran[:2]:
         assert o[name].get('error')==error
@@ -90,4 +90,4 @@ def test_a_model_that_cannot_be_made_anew(monkeypatch):
     reduced = ReducedParams(learn)
     reduced.follow()
     learn.model.bias.requires_grad_(False)
-    with pytest.raises(RanksError, match='Linear cannot be made anew'): reduced.follow()
+    with pytest.raises(RanksError, match='Linear cannot be rebuilt'): reduced.follow()
