@@ -115,7 +115,7 @@ def test_a_random_body_gets_one_rate(dls):
     assert np.allclose(learn.peak_lrs, shown) and np.allclose(cb.lrs, np.array(cb.lrs)[:,:1])
 
 def test_whose_body_is_random(dls, ckpt, tmp_path):
-    "Where fastai's own learner says so; not where weights came in, or where a preset was asked for"
+    "If fastai's own learner says so, but not if weights were loaded or a preset was requested"
     assert stock(dls).split().preset.regime=='random'
     assert plain(dls, timm.create_model('resnet10t', num_classes=3)).split(fused=True).preset.regime=='supervised', 'nobody said so'
     assert ours(dls, preset='resnet10t').preset.sources==preset_for('resnet10t').sources

@@ -1,4 +1,4 @@
-"The battery of checks: it passes what is right, names what is wrong, and works in one line of pytest"
+"The checks pass for right splitters, name what is wrong in others, and work in one line of pytest"
 import subprocess,sys,textwrap
 
 import pytest,timm,torch

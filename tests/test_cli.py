@@ -1,4 +1,4 @@
-"The command as a user runs it: in a process of its own"
+"The command as a user runs it, in a separate process"
 import json,os,re,shutil,signal,subprocess,sys,time
 from functools import partial
 from pathlib import Path

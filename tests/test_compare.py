@@ -1,4 +1,4 @@
-"Comparisons that are fair, that survive interrupts and failures, and that run on a cluster"
+"Comparisons are fair, survive interrupts and failures, and run on a cluster"
 import math,os
 from functools import partial
 from unittest.mock import patch

@@ -158,7 +158,7 @@ def test_dicts_and_buffers_put_in_anew():
     assert learn.model.n is n and n.item()==0 and torch.equal(learn.model.k, k)
 
 def test_it_measures_where_fits_run(learn, monkeypatch):
-    "A new learner's model may still be elsewhere: on a GPU machine it was measured on the CPU"
+    "A new learner's model may still be on the CPU of a machine with a GPU"
     seen,stock = [],learn.model.to
     def _to(*args, **kwargs):
         seen.append(args)

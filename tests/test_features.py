@@ -86,7 +86,7 @@ def test_the_body_runs_once_an_image(folder):
 @pytest.mark.parametrize('workers', [0,2])
 @pytest.mark.parametrize('kwargs', [dict(bs=7), dict(bs=64), dict(bs=8, shuffle=False)], ids=str)
 def test_batches_are_the_loaders_own(folder, workers, kwargs):
-    "Order, size and random numbers: a head with dropout sees the same dice"
+    "Order, size and random numbers: a head with dropout draws the same numbers"
     a,b = (ours(folder, dls=make_dls(folder, num_workers=workers, **kwargs)) for _ in range(2))
     assert same(state(fit(a)), state(fit(b, cbs=CachedFeatures())))
 
@@ -109,7 +109,7 @@ def test_weighted_loader(folder):
     assert close(*states)
 
 def test_masks_as_targets_and_a_model_that_looks_twice(folder):
-    "A U-Net takes results from inside its encoder, and the image once more at its end"
+    "A U-Net uses results from inside its encoder, and the image again at its end"
     def _unet():
         mask = Image.fromarray((np.arange(1024).reshape(32,32)%2).astype(np.uint8))
         db = DataBlock((ImageBlock,MaskBlock(['a','b'])), get_items=get_image_files, get_y=lambda f: mask, splitter=IndexSplitter(range(8)))
@@ -133,7 +133,7 @@ def test_plain_learner_with_a_model_written_by_hand(folder):
     assert close(state(a), state(b))
 
 def test_dropout_before_the_first_training_layer_stays_alive(folder):
-    "A head's dropout has no parameters and nothing that trains before it, but it is not fixed"
+    "A head's dropout has no parameters, and only frozen layers before it, but it is not fixed"
     def _learn():
         set_seed(0)
         net = nn.Sequential(conv(3,8), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.5), nn.Linear(8,3)))
@@ -154,7 +154,7 @@ def test_dropout_without_parameters_between_frozen_layers(folder, freeze):
     assert close(state(fit(a, freeze)), state(fit(b, freeze, cbs=CachedFeatures())))
 
 def test_random_layers_that_stay_awake_are_not_fixed(folder):
-    "A dropout that follows a frozen layer and stands before one that trains is awake; what it touches is computed anew"
+    "A dropout between a frozen layer and a training one is active, so its results are not cached"
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()

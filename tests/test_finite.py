@@ -1,4 +1,4 @@
-"NaN and infinite numbers are named where they begin, and the learner can go on"
+"The first NaN or infinite value is named, and the learner can be used again"
 import numpy as np,pytest,torch
 from torch import nn
 from PIL import Image
@@ -20,7 +20,7 @@ def _spoil(t, v=nan):
     with torch.no_grad(): t.view(-1)[0] = v
 
 def _still_trains(learn):
-    "The learner is as it was, and a fit without the trouble trains it"
+    "The learner is unchanged, and a fit without the fault trains it"
     assert 'forward' not in vars(learn.model) and all(torch.isfinite(v).all() for v in learn.model.state_dict().values() if v.is_floating_point())
     assert all(torch.isfinite(v).all() for s in learn.opt.state_dict()['state'] for v in s.values() if isinstance(v, torch.Tensor))
     assert type(learn.loss_func) is CrossEntropyLossFlat or isinstance(learn.loss_func.func, nn.MSELoss)
@@ -35,7 +35,7 @@ def test_a_damaged_weight_of_the_body(dls, how, value):
     p = dict(learn.model.named_parameters())[name]
     was = p.detach().clone()
     _spoil(p, value)
-    with pytest.raises(NotFiniteError, match=f'first.* is the (frozen )?weight {name!r}'): learn.fit_strategy(*fits[how])
+    with pytest.raises(NotFiniteError, match=f'first.* is in the (frozen )?weight {name!r}'): learn.fit_strategy(*fits[how])
     with torch.no_grad(): p.copy_(was)
     _still_trains(learn)
 
@@ -117,7 +117,7 @@ def test_auto_ends_with_the_best_weights_and_a_warning(dls):
     _still_trains(learn)
 
 def test_the_last_step_of_a_fit(dls):
-    "No batch follows that would show it"
+    "No later batch would show it"
     class Blows(Callback):
         order = 50
         def after_step(self):

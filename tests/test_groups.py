@@ -1,4 +1,4 @@
-"Layer groups: a partition in execution order with the head last, of any model in any wrapping; the best cut; names that survive; and every fault named"
+"Layer groups: a partition in execution order with the head last for any model in any wrapper, the best cut, names that survive, and every fault named"
 import pickle,re
 from copy import deepcopy
 from itertools import combinations
@@ -28,7 +28,7 @@ def _meta(arch, **kwargs):
 def _names(model): return [n for n,_ in model.named_parameters()]
 
 def _sound(groups, model):
-    "What holds for all groups of all models"
+    "Properties of all groups of all models"
     assert sorted(n for g in groups for n in g.param_names)==sorted(_named_params(model))
     assert all(g.param_names and g.layers for g in groups)
     ds = groups.depths
@@ -226,7 +226,7 @@ def test_unet():
     if _casts_in_a_trace(): check_splitter(Splitter(torchvision.models.resnet18, 'block'), m, input_size=(3,64,64))
 
 def test_two_backbones():
-    "Side by side, both are pretrained: neither may be taken for the head"
+    "Both parallel parts are pretrained: neither may be used as the head"
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -241,7 +241,7 @@ def test_two_backbones():
     check_splitter(Splitter(n_groups='block'), m, input_size=(3,160,160))
 
 def test_own_net_of_timm_blocks():
-    "A block of a known model is no known model"
+    "A block of a known model is not a known model"
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -537,7 +537,7 @@ def test_good_splitters_pass(model):
 def fastais_own(m): return [list(m[0].parameters()), list(m[1].parameters())]
 
 def test_model_without_names_to_check():
-    "No known backbone in it: the head cannot be told, the rest is checked"
+    "There is no known backbone, so the head is unknown and the rest is checked"
     m,x = _chain(4,5,6,2),torch.zeros(1,4)
     check_splitter(in_order, m, x=x)
     with pytest.raises(SplitterError, match='first used before'): check_splitter(out_of_order, m, x=x)
@@ -552,7 +552,7 @@ def test_check_leaves_the_model_alone(model):
     assert all(torch.equal(t, was[n]) for n,t in model.state_dict().items()) and all(o.training for o in model.modules())
 
 def test_layers_whose_parameters_are_empty():
-    "They have no sizes that cuts could go by"
+    "They have no sizes by which they could be cut"
     class Empty(nn.Module):
         def __init__(self):
             super().__init__()

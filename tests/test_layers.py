@@ -1,4 +1,4 @@
-"The map of a model: what it says of each parameter, depth by path, and that it fits copies"
+"The map of a model: its information on each parameter, depth by path, and that it fits copies"
 import pickle
 from copy import deepcopy
 
@@ -29,7 +29,7 @@ class TwoStreams(nn.Module):
     def forward(self, x, y): return self.fc(self.trunk(torch.cat([self.rgb(x), self.depth(y)], 1)).mean((2,3)))
 
 class Aux(nn.Module):
-    "A chain with a second output on the way"
+    "A chain with a second output in the middle"
     def __init__(self):
         super().__init__()
         self.early,self.late = nn.Sequential(*[plain(i, 8) for i in (3,8,8)]),nn.Sequential(*[plain(8, 8) for _ in range(3)])

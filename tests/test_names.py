@@ -1,4 +1,4 @@
-"A group by name wherever a group is meant, and rates by name: the same as by number, or an error that helps"
+"Groups and rates by name: the same as by number, or a helpful error"
 import numpy as np,pytest,timm
 from fastai.vision.all import Callback,set_seed
 

@@ -1,4 +1,4 @@
-"A split learner's file holds the state of any optimiser by name, and what is frozen: into other groups it goes whole, or not at all"
+"A split learner's file has the state of any optimiser by name, and what is frozen; it is loaded into other groups completely or not at all"
 import copy
 from functools import partial
 
@@ -47,7 +47,7 @@ def fit(learn, n=1, seed=3):
 def inner(opt): return inner(opt.opt) if isinstance(opt, Lookahead) else opt if hasattr(opt, 'cbs') else opt.opt
 
 def moments(learn):
-    "All that the optimiser keeps, by name"
+    "Everything that the optimiser keeps, by name"
     res = {f'{n} {k}':v for n,p in named_params(learn.model).items() for k,v in inner(learn.opt).state.get(p, {}).items() if isinstance(v,
         torch.Tensor) or k=='step'}
     slow = getattr(learn.opt, 'slow_weights', None) or []

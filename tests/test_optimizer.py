@@ -1,4 +1,4 @@
-"Fused optimisers equal fastai's own, decay only what they should, never move what is frozen, and carry their state by name"
+"Fused optimisers equal fastai's own, decay only what they should, never change frozen parameters, and save their state by name"
 import copy,pickle,random,warnings
 from functools import partial
 

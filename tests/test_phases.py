@@ -1,4 +1,4 @@
-"Phases that are one fit: rates, moments, callbacks, interrupts, and an end that is never below the best"
+"Phases as one fit: rates, moments, callbacks, interrupts, and an end that is never below the best"
 import pickle
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ def test_the_rates_of_a_phase_are_those_of_fit_one_cycle(dls):
     np.testing.assert_allclose(ours_spy.lrs, stock_spy.lrs, rtol=1e-3, atol=1e-9)
 
 def test_moments_and_momentum(dls):
-    "The head's step counts go on when the body thaws"
+    "The head's step counts continue when the body is unfrozen"
     learn = ours(dls)
     learn.fit_strategy([Phase(2, 1e-3, frozen=-1), Phase(1, 1e-4)])
     steps = {int(learn.opt.opt.state[p]['step']) for p in list(learn.opt.param_lists)[-1]}

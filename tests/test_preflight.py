@@ -1,4 +1,4 @@
-"A look before the fit: each finding where it is right and where it is silent; what is told; nothing is changed"
+"Preflight: each finding appears when it should and only then, the summary is right, and nothing changes"
 import pickle,random,shutil
 from functools import partial
 
@@ -28,7 +28,7 @@ def learn(dls):
     return res
 
 def trained_norms(learn):
-    "Norm layers that look as if they were trained, with statistics of the learner's own data"
+    "Norm layers that look trained, with statistics of the learner's own data"
     bns = [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for m in bns:
@@ -301,7 +301,7 @@ def test_a_preset_needs_groups(dls):
     with pytest.raises(PresetError, match='layer groups'): stock(dls).preflight(1, lr='preset')
 
 def test_tables(tmp_path):
-    "Part of the look works on tabular data, and the rest says why it does not"
+    "Some checks work on tabular data, and the others say why they do not"
     import pandas as pd
     from fastai.tabular.all import Categorify,CategoryBlock,TabularDataLoaders,tabular_learner
     df = pd.DataFrame(dict(a=np.random.randn(60), b=['x','y']*30, y=['p','q','r']*20))
