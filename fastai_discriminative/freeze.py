@@ -124,7 +124,7 @@ def note(self:TrueFreeze)->int: # Number of leading groups that are frozen
     opt,lists,off = self.opt,self._named_lists(),{id(p) for p in self.off}
     if opt.frozen_idx!=self._seen:
         self.asked = max(opt.frozen_idx, min(self.asked, n_frozen(opt)))
-        for ps in lists: # the freeze may have thawed what is pinned
+        for ps in lists: # the freeze may have unfrozen pinned parameters
             for n in self.pinned.intersection(ps): ps[n].requires_grad_(False)
     for i,ps in enumerate(lists):
         for n,p in ps.items():

@@ -134,7 +134,7 @@ def read_state(
     if not isinstance(sd, dict) or not {'state'}<set(sd) or not {'hypers','param_groups'}&set(sd): raise OptimizerStateError(
         "This is not the state of an optimiser: it needs `state` and `hypers`. A file saved by `learn.save` holds it under 'opt'.")
     more = set(sd)-_known-{*also}
-    if more: raise OptimizerStateError(f"The saved state has {list_some(sorted(more))} besides: it was saved by another kind of optimiser.")
+    if more: raise OptimizerStateError(f"The saved state also has {list_some(sorted(more))}: it was saved by another kind of optimiser.")
     _check_kind(sd.get('opt'), kind)
     if wrapped and 'param_groups' not in sd: raise OptimizerStateError("The saved state is in fastai's form, but a torch optimiser in `OptimWrapper` needs its own form: it was saved by another kind of optimiser.")
     try:

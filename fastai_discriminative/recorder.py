@@ -28,7 +28,7 @@ def _norms(ts):
 # %% ../nbs/09b_recorder.ipynb #276ee009
 class StepMeter(Callback):
     "Records the norms of each group's gradient, update and weights at every `every`-th step"
-    order,run_valid = 90,False # after whatever changes the gradient
+    order,run_valid = 90,False # after all callbacks that change the gradient
     def __init__(self,
         every:int=10 # Number of optimiser steps between two measurements
     ):

@@ -99,7 +99,7 @@ def check_values(
         if fault: bad[k] = fault
     if not bad: return
     why = " Its training had diverged, or the file is damaged: use an earlier checkpoint." if 'is not finite' in bad.values() else ''
-    raise WeightsError(f"{what} has impossible values for this {type(model).__name__}, so nothing was loaded:  " + '; '.join(f'{k!r} {o}' for k,o in list(bad.items())[:3])
+    raise WeightsError(f"{what} has impossible values for this {type(model).__name__}, so nothing was loaded: " + '; '.join(f'{k!r} {o}' for k,o in list(bad.items())[:3])
         + (f'; and {len(bad)-3} more tensors' if len(bad)>3 else '') + f'.{why}')
 
 # %% ../nbs/05e_weights.ipynb #1c0f20cf
