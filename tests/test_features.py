@@ -492,7 +492,7 @@ def test_thawed_within_an_epoch_is_an_error(folder):
         def after_batch(self):
             if self.training and self.iter==1: self.learn.unfreeze()
     learn = ours(folder)
-    with pytest.raises(FeatureError, match='within an epoch'): fit(learn, cbs=[CachedFeatures(), Thaws()])
+    with pytest.raises(FeatureError, match='during an epoch'): fit(learn, cbs=[CachedFeatures(), Thaws()])
     assert 'forward' not in vars(learn.model)
 
 # ---- views, memory and files

@@ -159,7 +159,7 @@ def test_no_call_inside_a_fit(learn):
     with pytest.raises(ReportError, match='A fit is running'): learn.fit_one_cycle(1, 1e-3, cbs=Look())
 
 def test_diverging_at_once(learn):
-    with pytest.raises(ReportError, match='Begin with a lower'): learn.lr_find_groups('joint', start_lr=1e6, end_lr=1e9)
+    with pytest.raises(ReportError, match='Start with a lower'): learn.lr_find_groups('joint', start_lr=1e6, end_lr=1e9)
 
 def test_not_a_number_from_the_start(learn):
     with torch.no_grad(): next(learn.model.parameters()).fill_(math.nan)

@@ -129,10 +129,10 @@ def test_nothing_to_validate_on():
 def test_regression_and_many_labels_have_no_interval():
     dls = DataLoaders.from_dsets(vectors(40, False), vectors(20, False), bs=20)
     look = quiet(Learner(dls, nn.Linear(4,1), loss_func=MSELossFlat())).preflight(1)
-    assert not look.findings and 'not one class each' in look.skipped['validation']
+    assert not look.findings and 'not have one class each' in look.skipped['validation']
     many = [(torch.randn(4), torch.tensor([1.,0.])) for _ in range(40)]
     look = quiet(Learner(DataLoaders.from_dsets(many, many, bs=20), nn.Linear(4,2), loss_func=BCEWithLogitsLossFlat())).preflight(1)
-    assert not look.findings and 'not one class each' in look.skipped['validation']
+    assert not look.findings and 'not have one class each' in look.skipped['validation']
 
 def test_masks_have_no_interval():
     pairs = [(torch.randn(3,8,8), torch.zeros(8,8).long()) for _ in range(40)]

@@ -289,7 +289,7 @@ def test_a_write_that_fails_leaves_the_file_and_the_fit_as_they_are(bright, tmp_
     cut(bright, fname, 5)
     held = fname.read_bytes()
     learn = other(bright)
-    with monkeypatch.context() as m, pytest.warns(UserWarning, match='No space left.*goes on, and the file is as it was'):
+    with monkeypatch.context() as m, pytest.warns(UserWarning, match='No space left.*continues, and the file is unchanged'):
         m.setattr(torch, 'save', full)
         fits['one_cycle'](learn, resume=fname)
     assert fname.read_bytes()==held and [o.name for o in tmp_path.iterdir()]==['fit.pt']
