@@ -1,4 +1,4 @@
-"One thread, no network, no display, fixed seeds; and no test may leave the environment or the working folder changed"
+"One thread, no network, no display, fixed seeds; and no test may change the environment or the working folder"
 import os,random
 os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
@@ -31,7 +31,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def no_leaks():
-    "Fail a test that leaves an environment variable, the working folder or autograd's switch changed, and put them back"
+    "Fail a test that changes an environment variable, the working folder or autograd's state, and restore them"
     env,cwd,grad = _env(),os.getcwd(),torch.is_grad_enabled()
     yield
     now = _env()

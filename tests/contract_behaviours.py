@@ -1,4 +1,4 @@
-"What fastai documents of its optimisers and learners, told in plain text; `python contract_behaviours.py FOLDER with|without OUT.json`"
+"The documented behaviour of fastai's optimisers and learners as plain text; `python contract_behaviours.py FOLDER with|without OUT.json`"
 import hashlib,inspect,json,pickle,random,sys,warnings
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,12 @@ def told(o):
     return getattr(o, '__name__', type(o).__name__)
 
 def raised(f, *args, **kwargs):
-    "What `f` raises"
+    "The error that `f` raises"
     try: return 'nothing', f(*args, **kwargs)
     except BaseException as e: return type(e).__name__,str(e)[:300]
 
 def warned(f, *args, **kwargs):
-    "What `f` warns of"
+    "The warnings of `f`"
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
         f(*args, **kwargs)
@@ -64,7 +64,7 @@ def names(learn): return {id(p):n for n,p in learn.model.named_parameters()}
 def of_opt(opt): return dict(state=[opt.state.get(p, {}) if isinstance(opt, Optimizer) else opt.opt.state.get(p, {}) for ps in opt.param_lists for p in ps],
     hypers=opt.hypers, frozen=opt.frozen_idx)
 def of_learner(learn):
-    "All that a call can change"
+    "Everything that a call can change"
     rec = learn.recorder
     res = dict(model=learn.model.state_dict(), flags=[p.requires_grad for p in learn.model.parameters()], modes=[m.training for m in learn.model.modules()],
         opt=learn.opt and of_opt(learn.opt), cbs=learn.cbs, attrs=sorted(k for k in vars(learn) if k not in ('logged','lock')), logged=learn.logged,
@@ -204,7 +204,7 @@ cbs = dict(accumulate=lambda: GradientAccumulation(8), clip=lambda: GradientClip
 for k,f in cbs.items(): behaviours[f'callback: {k}'] = partial(trained, lambda l, f=f, lr=1e30 if k=='nan' else 1e-2: (l.fit(3, lr, cbs=f()), written()))
 
 def written():
-    "What is in the files that a callback wrote, without times"
+    "The contents of the files that a callback wrote, without times"
     return {o.name:re.sub(r'\d+:\d+', '', o.read_text()) if o.suffix=='.csv' else torch.load(o,
         weights_only=False) for o in sorted(folder.rglob('*')) if o.suffix in ('.csv','.pth')}
 

@@ -1,4 +1,4 @@
-"What several pages of tests use: small learners, and what to look at in them"
+"Shared by several test files: small learners, and functions that inspect them"
 from functools import partial
 
 import numpy as np,torch
@@ -40,7 +40,7 @@ def under(names, groups):
     return {n for n in names if n.rpartition('.')[0] in mods}
 
 def snapshot(learn):
-    "All that a refused call must leave alone"
+    "Everything that a refused call must not change"
     opt = learn.opt
     return dict(w=weights(learn), f=flags(learn), mode={n:m.training for n,m in learn.model.named_modules()}, spl=learn.splitter, opt=opt,
         func=learn.opt_func, cbs=list(learn.cbs), bn=learn.train_bn,

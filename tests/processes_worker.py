@@ -1,4 +1,4 @@
-"What each process of `test_processes.py` runs: all cases one after the other; what came of them goes to a file for each rank"
+"Code that each process of `test_processes.py` runs: all cases one after the other, with results in one file per rank"
 import sys,traceback,warnings
 from dataclasses import replace
 warnings.simplefilter('ignore')

@@ -22,12 +22,12 @@ own_share = at._trial_share
 
 @pytest.fixture(autouse=True)
 def long_trials_of_short_fits(monkeypatch):
-    "Let trials take more of a fit than users would want, so that a short one has them too"
+    "Let trials take a larger share of a fit, so that even a short one has them"
     monkeypatch.setattr(at, '_trial_share', .6)
 
 @pytest.fixture
 def telling(monkeypatch):
-    "A head of random features knows nothing that could be lost: let validation images tell it from nothing all the same"
+    "A head on random features knows nothing that it could lose: make it look better than nothing on validation images"
     stock = at._seen
     monkeypatch.setattr(at, '_seen', lambda *args: (loss := stock(*args)[0], loss+1))
 
@@ -57,7 +57,7 @@ def test_nan_ends_the_fit_with_the_best_weights(dls):
 
 @pytest.mark.parametrize('cb', [MixUp, CutMix])
 def test_trials_see_the_learners_own_loss(dls, cb, telling):
-    "While `MixUp` and its kin train, they have a loss of their own, which knows the last batch only"
+    "While `MixUp` or a similar callback trains, it has its own loss, which only knows the last batch"
     learn = ours(dls)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*could not try rates')
@@ -200,7 +200,7 @@ def test_validation_images_of_one_class_cannot_judge_a_trial(dls, monkeypatch):
     learn = ours(dls)
     stock = at._seen
     monkeypatch.setattr(at, '_seen', lambda *a: (stock(*a)[0],)*2) # what other images' targets would cost is the same
-    with pytest.warns(UserWarning, match='do not tell the trained head'): learn.fit_strategy('auto', long(dls))
+    with pytest.warns(UserWarning, match='the trained head is no better than'): learn.fit_strategy('auto', long(dls))
     assert learn.auto_evidence.lrs and not learn.auto_evidence.trials
 
 def test_ten_images_to_validate_on(dls):

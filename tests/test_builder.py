@@ -115,7 +115,7 @@ def test_a_random_body_gets_one_rate(dls):
     assert np.allclose(learn.peak_lrs, shown) and np.allclose(cb.lrs, np.array(cb.lrs)[:,:1])
 
 def test_whose_body_is_random(dls, ckpt, tmp_path):
-    "Where fastai's own learner says so; not where weights came in, or where a preset was asked for"
+    "If fastai's own learner says so, but not if weights were loaded or a preset was requested"
     assert stock(dls).split().preset.regime=='random'
     assert plain(dls, timm.create_model('resnet10t', num_classes=3)).split(fused=True).preset.regime=='supervised', 'nobody said so'
     assert ours(dls, preset='resnet10t').preset.sources==preset_for('resnet10t').sources
@@ -159,7 +159,7 @@ class EarlyPool(NoPool):
 class NoArgument(NoPool):
     def __init__(self): super().__init__()
 
-@pytest.mark.parametrize('arch,words', [(NoPool,'NoPool has none'), (EarlyPool,'has it so early that 1 of 4 layers would be left'), (NoArgument,'NoArgument.pretrained=...'), (NoPool(),'NoPool.pretrained=...')])
+@pytest.mark.parametrize('arch,words', [(NoPool,'NoPool has none'), (EarlyPool,'has it so early that only 1 of 4 layers would be left'), (NoArgument,'NoArgument.pretrained=...'), (NoPool(),'NoPool.pretrained=...')])
 def test_functions_that_cannot_be_cut(dls, arch, words):
     tfms = list(dls.after_batch.fs)
     with pytest.raises(SplitterError, match=words) as e: discriminative_learner(dls, arch, pretrained=False)
@@ -179,7 +179,7 @@ def small_vit(**kwargs): return timm.create_model(fixed, num_classes=3, embed_di
 
 def test_a_size_the_model_was_not_built_for(dls):
     small = dict(embed_dim=24, depth=1, num_heads=2)
-    with pytest.raises(DataError, match="224 x 224 pixels, and those of the data have 32 x 32.*Resize.224.*img_size=32.*dynamic_img_size=True"): ours(dls, fixed, **small)
+    with pytest.raises(DataError, match="224 x 224 pixels, but those of the data have 32 x 32.*Resize.224.*img_size=32.*dynamic_img_size=True"): ours(dls, fixed, **small)
     for kw in (dict(img_size=32), dict(dynamic_img_size=True)): ours(dls, fixed, **small, **kw).fit_one_cycle(1, 'preset')
 
 @pytest.mark.parametrize('fit', [lambda l: l.fit_one_cycle(1, 1e-3), lambda l: l.fit(1), lambda l: l.fit_strategy('lp_ft', 1)])

@@ -1,4 +1,4 @@
-"What was frozen by hand stays frozen, whatever thaws its group, until it is thawed by hand"
+"Parameters frozen by hand stay frozen when their group is unfrozen, until they are unfrozen by hand"
 import warnings
 from collections import OrderedDict
 
@@ -10,7 +10,7 @@ from fastai_discriminative.all import *
 from helpers import *
 
 class Adapted(nn.Module):
-    "A layer with a small one beside it, as LoRA has it"
+    "A layer with a small one beside it, as in LoRA"
     def __init__(self, ni, nf):
         super().__init__()
         self.base,self.lora,self.norm = nn.Conv2d(ni, nf, 3, stride=2, padding=1, bias=False),nn.Conv2d(ni, nf, 1, stride=2, bias=False),nn.BatchNorm2d(nf)

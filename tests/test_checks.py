@@ -1,4 +1,4 @@
-"The battery of checks: it passes what is right, names what is wrong, and works in one line of pytest"
+"The checks pass for right splitters, name what is wrong in others, and work in one line of pytest"
 import subprocess,sys,textwrap
 
 import pytest,timm,torch
@@ -62,7 +62,7 @@ def test_which_checks_apply():
     assert set(splitter_checks(Net))==set(splitter_checks(Net()))=={'rules','numbers','rates','copies','training'}
 
 def test_unknown_architecture():
-    with pytest.raises(FamilyError, match="'resnet' is a family of architectures.*'resnet18'"): splitter_checks('resnet')
+    with pytest.raises(FamilyError, match="'resnet' is a family, not an architecture.*'resnet18'"): splitter_checks('resnet')
     with pytest.raises(FamilyError, match="Did you mean 'test_vit'"): splitter_checks('test_vitt')
 
 def test_the_model_is_left_alone():
@@ -107,14 +107,14 @@ def test_steps_that_move_what_is_frozen():
         def forward(self, x):
             with torch.no_grad(): self.stem.weight.mul_(0.99)
             return super().forward(x)
-    _failing('training', Sneaky, 'after freeze: stem.weight is frozen, but moved', input_size=size)
+    _failing('training', Sneaky, 'after freeze: stem.weight is frozen, but changed', input_size=size)
 
 def test_statistics_that_do_not_rest():
     class Restless(Net):
         def forward(self, x):
             self.norm.running_mean.add_(1)
             return super().forward(x)
-    _failing('training', Restless, 'after freeze: the running statistics of norm should rest, but moved', input_size=size)
+    _failing('training', Restless, 'after freeze: the running statistics of norm should stay the same, but changed', input_size=size)
 
 def test_statistics_that_do_not_follow():
     class Stubborn(Net):
@@ -123,7 +123,7 @@ def test_statistics_that_do_not_follow():
             x = self.norm(self.stem(x))
             self.norm.train(self.training)
             return self.fc(self.blocks[0](x).mean((2,3))+sum(b.sum() for p in self.blocks[1:] for b in p.parameters()))
-    _failing('training', Stubborn, 'the running statistics of norm should follow the batch, but rested', input_size=size)
+    _failing('training', Stubborn, 'the running statistics of norm should follow the batch, but did not change', input_size=size)
 
 def test_groups_that_are_no_runs(monkeypatch):
     good = C.cut_groups

@@ -1,4 +1,4 @@
-"The command as a user runs it: in a process of its own"
+"The command as a user runs it, in a separate process"
 import json,os,re,shutil,signal,subprocess,sys,time
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_demo(tmp_path):
     assert r.returncode==0, r.stderr
     assert not r.stderr
     assert re.search(r'tf_efficientnet_lite0.*: \d+ groups', r.stdout) and 'frozen' in r.stdout and re.search(r'^epoch 0  train_loss [\d.]+  valid_loss [\d.]+  accuracy [\d.]+  ', r.stdout, re.M)
-    assert 'size: Images of 32 px, but the checkpoint was trained at 224' in r.stdout and 'Mend it: --size 224' in r.stdout and 'overlap' not in r.stdout
+    assert 'size: Images of 32 px, but the checkpoint was trained at 224' in r.stdout and 'Fix: --size 224' in r.stdout and 'overlap' not in r.stdout
     rows = re.findall(r"^(auto|fastai's fine_tune) +(42|43|mean) +\d+ +[\d.]+% +[\d.]+ s$", r.stdout, re.M)
     assert len(rows)==6 and 'the head alone reached accuracy' in r.stdout
     out = tmp_path/'discriminative-demo'

@@ -1,4 +1,4 @@
-"What can be typed or piped: each command line ends with the right status, a message that says why, and no traceback"
+"Anything that can be typed or piped: each command ends with the right status and a clear message, without a traceback"
 import os,subprocess,sys,tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +55,7 @@ done = [['groups','resnet10t'], ['groups','resnet10t','--n-groups','block'], ['g
 
 refused = [(2, *o) for o in [
     *[(c, 'Unknown architecture') for c in _each(['groups'], '', ' ', '../x', '.', '/', '\udcff', 'resnet18\n', 'a'*5000, 'résnet18', 'resnet10t\0')], (['preset',''], 'Unknown architecture'), (['groups','resnet18.zzz'], 'no pretrained tag'),
-    *[(o, 'is a family of architectures') for o in (['groups','resnet'], ['preset','vit'], ['groups','tv_resnet'], ['finetune','ok','--arch','convnext','--from-scratch'])],
+    *[(o, 'is a family, not an architecture') for o in (['groups','resnet'], ['preset','vit'], ['groups','tv_resnet'], ['finetune','ok','--arch','convnext','--from-scratch'])],
     *[(['groups','resnet10t','--n-groups',o], 'impossible') for o in ('-1','0','1','1000000000')], *[(['groups','resnet10t','--n-groups',o], 'neither a whole number') for o in ('BLOCK','1e3','')],
     (['preset','resnet10t','--bs','1'+'0'*30], 'below a billion'), (['preset','resnet10t','--n-steps','0'], 'at least 1'), (['preset','resnet10t','--size','9'*400], 'from 8 to 8192'),
     ([], 'usage'), (['bogus'], 'invalid choice'), (['groups'], 'required'), (['groups','--'], 'required'), (['demo','--data',''], 'invalid choice'), (['--debug'], 'usage'), (['finetune','ok'], '--arch'),
@@ -130,14 +130,14 @@ def test_streams(line, status, msg, tmp_path):
     assert r.returncode in ((0,1,141) if status is None else (status,)) and msg in r.stderr
 
 def test_a_full_disk_leaves_no_half_results(place, tmp_path):
-    "The limit on the size of a file stands for a disk that is full"
+    "A limit on the file size simulates a full disk"
     r = _shell('ulimit -f 100; "$@" finetune %s %s --out out' % (place/'ok', ' '.join(_fit)), tmp_path)
     assert r.returncode==2 and 'Cannot write the results' in r.stderr and 'Is the disk full?' in r.stderr
     assert not any(o.name.endswith('.pkl') for o in tmp_path.rglob('*')) and not list(tmp_path.rglob('.fastai*'))
 
 @contextmanager
 def nobody():
-    "Root may read everything, so the test is somebody else for a while"
+    "Root may read everything, so the test runs as another user"
     root = os.geteuid()==0
     if root: os.seteuid(65534)
     try: yield
@@ -146,7 +146,7 @@ def nobody():
 
 @pytest.mark.parametrize('what', ['.','a'])
 def test_a_folder_that_cannot_be_read_is_named(what):
-    "Not left out in silence, as `os.walk` does"
+    "It is not skipped silently, as `os.walk` would do"
     with tempfile.TemporaryDirectory() as d: # pytest's own folders are closed to others
         Path(d).chmod(0o755)
         folder = _classes(Path(d)/'images', ('a','b','c'))

@@ -1,4 +1,4 @@
-"Comparisons that are fair, that survive interrupts and failures, and that run on a cluster"
+"Comparisons are fair, survive interrupts and failures, and run on a cluster"
 import math,os
 from functools import partial
 from unittest.mock import patch
@@ -157,8 +157,8 @@ def test_as_many_epochs_as_fit_in_the_seconds(seconds, n):
 
 def test_mistakes_are_named_before_anything_runs():
     def _never(): raise AssertionError('nothing may run')
-    for kw,what in [(dict(strategies=['lpft']), "Did you mean 'lp_ft'"), (dict(strategies=[]), 'No strategies'), (dict(strategies=['auto'], budget='second'), "Did you mean 'seconds'"),
-        (dict(strategies=['auto'], reference='fastai'), 'none of the strategies'), (dict(strategies=['auto'], seeds=[]), 'No seeds'), (dict(strategies=['auto'], n_epoch=0), 'at least 1'),
+    for kw,what in [(dict(strategies=['lpft']), "Did you mean 'lp_ft'"), (dict(strategies=[]), 'no strategies'), (dict(strategies=['auto'], budget='second'), "Did you mean 'seconds'"),
+        (dict(strategies=['auto'], reference='fastai'), 'not one of the strategies'), (dict(strategies=['auto'], seeds=[]), 'no seeds'), (dict(strategies=['auto'], n_epoch=0), 'at least 1'),
         (dict(strategies=[[Phase(1)]]), 'has no name'), (dict(strategies=['auto','auto']), 'Two strategies')]:
         with pytest.raises(StrategyError) as e: compare_strategies(_never, **kw)
         assert what in str(e.value), (what, str(e.value))
@@ -175,7 +175,7 @@ def test_a_factory_that_starts_elsewhere_each_time():
         made.append(learn)
         with torch.no_grad(): next(learn.model.parameters()).add_(len(made))
         return learn
-    with pytest.raises(StrategyError, match='other weights'): compare_strategies(_make, ['uniform','head_boost'], 1, seeds=1)
+    with pytest.raises(StrategyError, match='different weights'): compare_strategies(_make, ['uniform','head_boost'], 1, seeds=1)
 
 # ---- many processes
 

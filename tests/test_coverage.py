@@ -1,4 +1,4 @@
-"The table of coverage and the page made from it: complete, and not stale"
+"The coverage table and its page are complete and up to date"
 import json,re
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_line():
     assert coverage_line().startswith(f'{len(rows)} architectures') and f'{len(rows)-n} pass every check, {n} are excepted' in coverage_line()
 
 def _outputs(nb):
-    "All that the notebook shows, as text"
+    "Everything that the notebook shows, as text"
     for c in json.loads((root/'nbs'/nb).read_text(encoding='utf-8'))['cells']:
         for o in c.get('outputs', ()):
             yield ''.join(o.get('text', ()))

@@ -1,4 +1,4 @@
-"Images and weights out of packages, folders of images good and bad, the clock"
+"Images and weights from packages, good and bad folders of images, and the clock"
 import hashlib,random,shutil,zipfile
 from pathlib import Path
 import pytest,timm,torch
@@ -70,7 +70,7 @@ def test_lite0_weights_are_strict_and_whole(cache):
     timm.create_model('tf_efficientnet_lite0').load_state_dict(load_file(fn), strict=True)
 
 def test_lite0_knows_imagenet():
-    "The converted classifier is sure of a plain thing: a drawing of a banana, among 1,000 classes"
+    "The converted classifier recognizes a drawing of a banana among 1,000 classes"
     from safetensors.torch import load_file
     m = timm.create_model('tf_efficientnet_lite0').eval()
     m.load_state_dict(load_file(lite0_weights()))

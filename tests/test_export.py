@@ -1,4 +1,4 @@
-"An export made by an older version loads after rooms and names have moved, and says the same; without this package its weights can be read"
+"An export from an older version loads after modules and names have moved, and predicts the same; its weights can be read without this package"
 import pickle,pickletools,sys,zipfile
 from importlib import import_module
 from pathlib import Path

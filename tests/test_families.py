@@ -1,4 +1,4 @@
-"Built-in families: each one's own order holds on its smallest members, whole and cut, and its rates are timm's and the published ones"
+"Built-in families: the order of each holds on its smallest members, whole and cut, and its rates are those of timm and of the publications"
 import re
 
 import numpy as np,pytest,timm,torch,torchvision
@@ -64,7 +64,7 @@ def _meta(arch, **kwargs):
 def test_every_family_has_members(): assert _timm_families()==set(members)=={f for f,_ in cases}
 
 def test_families_asked_for():
-    "Those of the issue, under whatever name of ours"
+    "The families of the issue, under our names"
     asked = '''resnet50 resnext50_32x4d seresnet50 regnety_032 efficientnet_b0 mobilenetv2_100 mobilenetv3_large_100 mobilenetv4_conv_small convnext_tiny convnextv2_tiny vit_base_patch16_224
         deit_base_patch16_224 beit_base_patch16_224 eva02_base_patch14_224 vit_small_patch14_dinov2 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 maxvit_tiny_tf_224 coatnet_0_rw_224
         caformer_s18 pit_s_224 vgg16 hrnet_w18 densenet121 mixer_b16_224'''.split()
@@ -87,7 +87,7 @@ def test_whole(family, arch):
         assert s.groups[-1].is_head==bool(m.num_classes) and len(s.groups)>=3
 
 def _checked(model, family, arch=None, **kwargs):
-    "One group a block, checked with a trace, and the default groups, which are runs of those and so need no trace of their own"
+    "One group per block, checked with a trace, and the default groups, which are runs of blocks and need no trace"
     s = Splitter(arch, 'block')
     check_splitter(s, model, **kwargs)
     blocks,groups = s.groups,layer_groups(model, arch=arch)
@@ -218,7 +218,7 @@ def test_convnext_table(convnext, ident):
     for n,i in ids.items(): assert rates[n]==pytest.approx(r['lr']*decay**(13-i), rel=1e-12)
 
 def test_convnext_blocks_stay_near_the_published_rates(convnext):
-    "One group a block, where they have one for three: no parameter is further than one published step (a factor `decay`) from the table"
+    "One group per block, while the table has one per three: no parameter differs from it by more than one published step (a factor `decay`)"
     decay,gs = 0.8,layer_groups(convnext, 'block')
     rates = _our_rates(gs, Preset(decay**13, 1))
     off = {n:np.log(lr)/np.log(decay)-(13-_convnext_layer_id(n)) for n,lr in rates.items()}

@@ -132,14 +132,14 @@ def test_a_way_that_does_not_run_is_said_and_not_taken():
             self.a,self.out = nn.Conv2d(3,4,3),nn.Linear(4*36,3)
         def forward(self, x): return self.out(self.a(x).view(len(x), -1))
     learn = small(Views(), 3,8,8)
-    with pytest.warns(UserWarning, match='cannot run in channels last'): learn.to_fast(bf16=False)
+    with pytest.warns(UserWarning, match='cannot run with channels last'): learn.to_fast(bf16=False)
     assert not learn.fast_math.channels_last
     learn.fit(1)
 
 def test_volumes_have_another_order_of_memory():
     net = nn.Sequential(nn.Conv3d(1,4,3), nn.Flatten(), nn.Linear(4*8,3))
     learn = small(net, 1,4,4,4)
-    with pytest.warns(UserWarning, match='cannot run in channels last'): learn.to_fast(bf16=False)
+    with pytest.warns(UserWarning, match='cannot run with channels last'): learn.to_fast(bf16=False)
     learn.fit(1)
 
 def test_dicts_and_buffers_put_in_anew():
@@ -158,7 +158,7 @@ def test_dicts_and_buffers_put_in_anew():
     assert learn.model.n is n and n.item()==0 and torch.equal(learn.model.k, k)
 
 def test_it_measures_where_fits_run(learn, monkeypatch):
-    "A new learner's model may still be elsewhere: on a GPU machine it was measured on the CPU"
+    "A new learner's model may still be on the CPU of a machine with a GPU"
     seen,stock = [],learn.model.to
     def _to(*args, **kwargs):
         seen.append(args)

@@ -1,4 +1,4 @@
-"What fastai documents of its optimisers, learners, schedules and recorder is the same to the last bit with our import and without it"
+"What fastai documents of its optimisers, learners, schedules and recorder is the same to the last bit with and without our import"
 import json,subprocess,sys
 from functools import partial
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.xdist_group('contract') # both processes run once
 funcs = dict(adam=Adam, sgd=partial(SGD, mom=0.9), ranger=ranger, adamw=partial(OptimWrapper, opt=torch.optim.AdamW), fused=fused_adamw)
 
 def ours(path):
-    "Files that split learners wrote, one an optimiser, and their weights"
+    "Files that split learners wrote, one per optimiser, and their weights"
     res = {}
     for k,f in funcs.items():
         learn = contract.learner(opt_func=f).split(3)
@@ -25,7 +25,7 @@ def ours(path):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    "What happened in a process without us, and in one with us"
+    "The results of a process without our package, and of one with it"
     path = tmp_path_factory.mktemp('contract')
     res = dict(ours=ours(path/'ours'))
     for how in ('without','with'):

@@ -86,7 +86,7 @@ def test_the_body_runs_once_an_image(folder):
 @pytest.mark.parametrize('workers', [0,2])
 @pytest.mark.parametrize('kwargs', [dict(bs=7), dict(bs=64), dict(bs=8, shuffle=False)], ids=str)
 def test_batches_are_the_loaders_own(folder, workers, kwargs):
-    "Order, size and random numbers: a head with dropout sees the same dice"
+    "Order, size and random numbers: a head with dropout draws the same numbers"
     a,b = (ours(folder, dls=make_dls(folder, num_workers=workers, **kwargs)) for _ in range(2))
     assert same(state(fit(a)), state(fit(b, cbs=CachedFeatures())))
 
@@ -109,7 +109,7 @@ def test_weighted_loader(folder):
     assert close(*states)
 
 def test_masks_as_targets_and_a_model_that_looks_twice(folder):
-    "A U-Net takes results from inside its encoder, and the image once more at its end"
+    "A U-Net uses results from inside its encoder, and the image again at its end"
     def _unet():
         mask = Image.fromarray((np.arange(1024).reshape(32,32)%2).astype(np.uint8))
         db = DataBlock((ImageBlock,MaskBlock(['a','b'])), get_items=get_image_files, get_y=lambda f: mask, splitter=IndexSplitter(range(8)))
@@ -133,7 +133,7 @@ def test_plain_learner_with_a_model_written_by_hand(folder):
     assert close(state(a), state(b))
 
 def test_dropout_before_the_first_training_layer_stays_alive(folder):
-    "A head's dropout has no parameters and nothing that trains before it, but it is not fixed"
+    "A head's dropout has no parameters, and only frozen layers before it, but it is not fixed"
     def _learn():
         set_seed(0)
         net = nn.Sequential(conv(3,8), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.5), nn.Linear(8,3)))
@@ -154,7 +154,7 @@ def test_dropout_without_parameters_between_frozen_layers(folder, freeze):
     assert close(state(fit(a, freeze)), state(fit(b, freeze, cbs=CachedFeatures())))
 
 def test_random_layers_that_stay_awake_are_not_fixed(folder):
-    "A dropout that follows a frozen layer and stands before one that trains is awake; what it touches is computed anew"
+    "A dropout between a frozen layer and a training one is active, so its results are not cached"
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()
@@ -318,7 +318,7 @@ def test_a_callback_that_changes_images_is_refused(folder, cb):
 def test_cached_phases_train_on_images_where_a_callback_changes_them(folder, cb):
     learn,calls = ours(folder),Calls()
     before = state(learn)
-    with pytest.warns(UserWarning, match=f'trains on the data themselves, for 1. {cb.__name__} may change images'):
+    with pytest.warns(UserWarning, match=f'trains on the data for 1 instead. {cb.__name__} may change images'):
         learn.fit_strategy([Phase(10, 1e-2, frozen=-1, cached=True)], cbs=[cb(), calls])
     assert len(learn.recorder.values)==1 and {len(o) for o in calls.shapes}=={4}
     after = state(learn)
@@ -481,7 +481,7 @@ def test_thawed_between_epochs(folder):
             if self.epoch==2: self.learn.unfreeze()
     learn,calls = ours(folder),Calls()
     before = state(learn)
-    with pytest.warns(UserWarning, match='goes on without cached features'): fit(learn, n=3, cbs=[CachedFeatures(), Thaws(), calls])
+    with pytest.warns(UserWarning, match='continues without cached features'): fit(learn, n=3, cbs=[CachedFeatures(), Thaws(), calls])
     dims = [len(o) for o in calls.shapes]
     k = len(learn.dls.train)+len(learn.dls.valid)
     assert {2}==set(dims[:k]) and {4}==set(dims[k:]) and calls.shapes[-1][1:]==(3,32,32)
@@ -492,7 +492,7 @@ def test_thawed_within_an_epoch_is_an_error(folder):
         def after_batch(self):
             if self.training and self.iter==1: self.learn.unfreeze()
     learn = ours(folder)
-    with pytest.raises(FeatureError, match='within an epoch'): fit(learn, cbs=[CachedFeatures(), Thaws()])
+    with pytest.raises(FeatureError, match='during an epoch'): fit(learn, cbs=[CachedFeatures(), Thaws()])
     assert 'forward' not in vars(learn.model)
 
 # ---- views, memory and files
@@ -578,7 +578,7 @@ def test_no_room_is_said_and_done_without(folder, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: type('U', (), dict(free=0))())
     learn,calls = ours(folder),Calls()
     with pytest.warns(UserWarning) as said: fit(learn, n=3, cbs=[CachedFeatures(ram_gb=0), calls])
-    said = [o for o in said if 'training goes on without them' in str(o.message)]
+    said = [o for o in said if 'Training continues without cached features' in str(o.message)]
     assert len(said)==2, "once for each loader, not in each epoch"
     assert {len(o) for o in calls.shapes}=={4}
 
@@ -605,7 +605,7 @@ def test_norms_that_move(folder):
     learn.opt.freeze_to(-1)
     for s in learn.opt.state.values(): s.pop('force_train', None)
     for p in learn.model[0].parameters(): p.requires_grad_(False)
-    with pytest.raises(FeatureError, match="still move.*in place of True"): learn.fit_one_cycle(1, 1e-3, cbs=CachedFeatures())
+    with pytest.raises(FeatureError, match="still change.*instead of True"): learn.fit_one_cycle(1, 1e-3, cbs=CachedFeatures())
 
 def test_shapes_that_differ():
     rows = features._Rows(4, 1, (torch.zeros(2,5),), (torch.zeros(2),))

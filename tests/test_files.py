@@ -1,4 +1,4 @@
-"Files after a kill: checkpoints are whole, and nobody's feature files go when the place is used again. `pytest tests/test_files.py --kills 40` kills more often"
+"Files after a kill: checkpoints are complete, and feature files without an owner are removed at the next use of the folder. `pytest tests/test_files.py --kills 40` kills more often"
 import errno,json,os,stat,subprocess,sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from helpers import *
 posix = pytest.mark.skipif(files.fcntl is None, reason='Windows has no `fcntl`: nothing is locked or swept there')
 
 def _script(code, *args):
-    "What a script of ours prints, as JSON"
+    "The output of one of our scripts, as JSON"
     env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(files.__file__).parent.parent), os.environ.get('PYTHONPATH', '')])}
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], capture_output=True, text=True, timeout=300, env=env)
     assert not r.returncode, r.stderr[-3000:]
@@ -234,7 +234,7 @@ def test_a_disk_without_locks_is_not_swept(tmp_path, monkeypatch, error):
 @posix
 @pytest.mark.parametrize('mod,name', [(files.os,'open'),(files.fcntl,'flock')])
 def test_swept_away_before_it_was_locked(tmp_path, monkeypatch, mod, name):
-    "Another process takes the new folder for one that nobody holds: a second is made"
+    "Another process removes the new folder before it is locked: a second one is created"
     call,n = getattr(mod, name),[]
     def _late(*args):
         if not n:

@@ -1,4 +1,4 @@
-"NaN and infinite numbers are named where they begin, and the learner can go on"
+"The first NaN or infinite value is named, and the learner can be used again"
 import numpy as np,pytest,torch
 from torch import nn
 from PIL import Image
@@ -20,7 +20,7 @@ def _spoil(t, v=nan):
     with torch.no_grad(): t.view(-1)[0] = v
 
 def _still_trains(learn):
-    "The learner is as it was, and a fit without the trouble trains it"
+    "The learner is unchanged, and a fit without the fault trains it"
     assert 'forward' not in vars(learn.model) and all(torch.isfinite(v).all() for v in learn.model.state_dict().values() if v.is_floating_point())
     assert all(torch.isfinite(v).all() for s in learn.opt.state_dict()['state'] for v in s.values() if isinstance(v, torch.Tensor))
     assert type(learn.loss_func) is CrossEntropyLossFlat or isinstance(learn.loss_func.func, nn.MSELoss)
@@ -35,7 +35,7 @@ def test_a_damaged_weight_of_the_body(dls, how, value):
     p = dict(learn.model.named_parameters())[name]
     was = p.detach().clone()
     _spoil(p, value)
-    with pytest.raises(NotFiniteError, match=f'first.* is the (frozen )?weight {name!r}'): learn.fit_strategy(*fits[how])
+    with pytest.raises(NotFiniteError, match=f'first.* is in the (frozen )?weight {name!r}'): learn.fit_strategy(*fits[how])
     with torch.no_grad(): p.copy_(was)
     _still_trains(learn)
 
@@ -47,7 +47,7 @@ def test_a_damaged_statistic_of_the_body(dls, how):
     _spoil(b)
     learn.freeze()
     s,n = fits[how]
-    with pytest.raises(NotFiniteError, match=r"first.* is the buffer '0.model.layer1.0.bn1.running_var'"): learn.fit_strategy([Phase(1, 1e-3, frozen=-1)] if n is None else s, n)
+    with pytest.raises(NotFiniteError, match=r"first.* is in the buffer '0.model.layer1.0.bn1.running_var'"): learn.fit_strategy([Phase(1, 1e-3, frozen=-1)] if n is None else s, n)
     b.copy_(was)
     _still_trains(learn)
 
@@ -64,7 +64,7 @@ def test_a_head_that_was_ruined_before_is_not_the_frozen_parts_fault(dls):
     learn = pre_ours(dls)
     _spoil(learn.model[1][-1].weight)
     learn.freeze()
-    with pytest.raises(NotFiniteError, match="first.* is the weight '1.8.weight'"): learn.fit_one_cycle(1, 1e-3, cbs=CachedFeatures())
+    with pytest.raises(NotFiniteError, match="first.* is in the weight '1.8.weight'"): learn.fit_one_cycle(1, 1e-3, cbs=CachedFeatures())
 
 class _Spoils(Callback):
     "Puts NaN somewhere in the second epoch's second batch"
@@ -81,7 +81,7 @@ class _Spoils(Callback):
 def test_a_damaged_batch(dls, where, said):
     learn = pre_ours(dls)
     before = weights(learn)
-    with pytest.raises(NotFiniteError, match=f'epoch 1, batch 2. The first that is not is {said}'): learn.fit_strategy([Phase(2, 1e-3)], cbs=_Spoils(where))
+    with pytest.raises(NotFiniteError, match=f'epoch 1, batch 2. The first value that is not finite is in {said}'): learn.fit_strategy([Phase(2, 1e-3)], cbs=_Spoils(where))
     assert same(before, weights(learn))
     _still_trains(learn)
 
@@ -98,7 +98,7 @@ def test_a_damaged_image_is_named_by_its_file(bright):
     db = DataBlock((TransformBlock,CategoryBlock), get_items=get_image_files, get_x=_pixels, get_y=parent_label, splitter=RandomSplitter(.2, seed=1))
     learn = pre_ours(db.dataloaders(bright, bs=8, num_workers=0))
     before = weights(learn)
-    with pytest.raises(NotFiniteError, match=r"features of item \d+ \('.*bee.7.png'\) are NaN. The first.* is the inputs \(NaN in 1 of 8 samples\)"):
+    with pytest.raises(NotFiniteError, match=r"features of item \d+ \('.*bee.7.png'\) are NaN. The first.* is in the inputs \(NaN in 1 of 8 samples\)"):
         learn.fit_strategy('auto', 1)
     assert same(before, weights(learn)) and 'forward' not in vars(learn.model)
 
@@ -107,23 +107,23 @@ def test_layer_that_overflows(dls):
         def forward(self, x): return (x*1e30)**2
     net = nn.Sequential(conv(3,8), Squares(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,3))
     learn = quiet(Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy)).split()
-    with pytest.raises(NotFiniteError, match="what the layer '1' makes of finite inputs"): learn.fit_strategy([Phase(1, 1e-3)])
+    with pytest.raises(NotFiniteError, match="the output of layer '1' for finite inputs"): learn.fit_strategy([Phase(1, 1e-3)])
 
 def test_auto_ends_with_the_best_weights_and_a_warning(dls):
     learn = pre_ours(dls)
-    with pytest.warns(UserWarning, match=r'epoch 12, batch 2. The first that is not is the predictions.*ends with the best weights before'):
+    with pytest.warns(UserWarning, match=r'epoch 12, batch 2. The first value that is not finite is in the predictions.*ends with the best weights so far'):
         learn.fit_strategy('auto', 3, cbs=_Spoils('pred', 11))
     assert learn.recorder.values
     _still_trains(learn)
 
 def test_the_last_step_of_a_fit(dls):
-    "No batch follows that would show it"
+    "No later batch would show it"
     class Blows(Callback):
         order = 50
         def after_step(self):
             if self.iter==self.n_iter-1: _spoil(self.learn.model[1][-1].weight)
     learn = pre_ours(dls)
-    with pytest.raises(NotFiniteError, match="its last step. The first that is not is the weight '1.8.weight'"): learn.fit_strategy([Phase(1, 1e-3)], cbs=Blows())
+    with pytest.raises(NotFiniteError, match="its last step. The first value that is not finite is in the weight '1.8.weight'"): learn.fit_strategy([Phase(1, 1e-3)], cbs=Blows())
     _still_trains(learn)
 
 def test_masks_may_be_infinite_by_design():

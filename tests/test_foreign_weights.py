@@ -1,4 +1,4 @@
-"Checkpoints of anybody's, through each door by which weights come in: all of it is loaded, and rightly, or nothing is"
+"Checkpoints from any source, by every way to load weights: they are loaded completely and correctly, or not at all"
 import zipfile
 
 import pytest,timm,torch,torchvision
@@ -58,7 +58,7 @@ damage['bomb'] = zipped
 kinds_ = [*others, *values, *damage, 'twice']
 
 def write(kind, sd, path):
-    "The file of this `kind`, made of the right weights `sd`"
+    "A file of this `kind`, made from the right weights `sd`"
     sd = {k:v.detach().clone() for k,v in sd.items()}
     if kind=='twice': what = {**{f'_orig_mod.{k}':v for k,v in sd.items()}, **{k:v+1 for k,v in list(sd.items())[:1]}}
     elif kind in values: what = at(sd, *values[kind])
@@ -180,7 +180,7 @@ def test_parts_that_the_model_lacks_as_a_whole_are_left_out(tmp_path):
     assert load_pretrained(m := own(), tmp_path/'f.pth')==[] and same(m.state_dict(), {k:v for k,v in sd.items() if k in m.state_dict()})
 
 def test_other_classes(dls, learn, tmp_path):
-    "Another head is dropped where a new one is made, and refused where there is one"
+    "The file's head is dropped if a new one is made, and refused if it does not fit the existing one"
     m = own(num_classes=7)
     torch.save(m.state_dict(), tmp_path/'f.pth')
     with pytest.warns(UserWarning, match='7 classes'): body = discriminative_learner(dls, arch, weights_file=tmp_path/'f.pth').model[0].model.state_dict()
@@ -189,7 +189,7 @@ def test_other_classes(dls, learn, tmp_path):
     other = quiet(discriminative_learner(dls, arch, pretrained=False, n_out=7, loss_func=CrossEntropyLossFlat(), path=learn.path))
     other.save('seven')
     was = snapshot(learn)
-    with pytest.raises(WeightsError, match='nothing of it was loaded'): learn.load('seven')
+    with pytest.raises(WeightsError, match='nothing was loaded'): learn.load('seven')
     unchanged(learn, was)
 
 @pytest.mark.parametrize('strict', [True,False])
@@ -211,4 +211,4 @@ def test_a_file_that_is_not_there_is_pythons_own(learn):
 def test_timms_own_download_is_looked_at(monkeypatch):
     sd = at(own(num_classes=0).state_dict(), 'running_var', lambda v: one(v, -1.))
     from fastai_discriminative.weights import timm_model
-    with pytest.raises(WeightsError, match="timm's checkpoint makes no sense.*running_var' is a variance"): timm_model(arch, True, None, 3, pretrained_cfg_overlay=dict(state_dict=sd))
+    with pytest.raises(WeightsError, match="timm's checkpoint has impossible values.*running_var' is a variance"): timm_model(arch, True, None, 3, pretrained_cfg_overlay=dict(state_dict=sd))

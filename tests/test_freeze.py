@@ -1,4 +1,4 @@
-"Frozen is frozen: parameters, statistics and flags, whatever the norm policy, the optimiser and the interrupt"
+"Frozen means frozen: parameters, statistics and flags, for every norm policy, optimiser and interrupt"
 import warnings
 
 import pytest

@@ -1,4 +1,4 @@
-"Random models, states, checkpoints, folders and command lines: the rules hold, or an error of ours says why and nothing has changed. More of them: `python tests/test_fuzz.py 20000`"
+"Random models, states, checkpoints, folders and command lines: the rules hold, or one of our errors says why and nothing has changed. For more cases: `python tests/test_fuzz.py 20000`"
 import contextlib,copy,io,math,os,pickle,random,re,sys,tempfile,traceback,warnings
 from collections import Counter
 from functools import lru_cache,partial
@@ -35,7 +35,7 @@ def _error(f):
 # ---- models: trees of modules that take and give 4 features, or 4 channels of 2 x 2 pixels
 
 class Scale(nn.Module):
-    "A parameter without a layer: of ones, a scalar, an empty one, complex, or of whole numbers"
+    "A parameter without a layer: ones, a scalar, an empty one, complex, or integers"
     def __init__(self, kind):
         super().__init__()
         values = dict(scalar=torch.ones(()), empty=torch.ones(0), complex=torch.ones(1, dtype=torch.complex64), whole=torch.ones(1).long())
@@ -43,7 +43,7 @@ class Scale(nn.Module):
     def forward(self, x): return x*(self.p.abs() if self.p.is_complex() else self.p.sum() if self.p.numel()!=1 else self.p)
 
 class Count(nn.Module):
-    "A buffer of whole numbers, and one without a value"
+    "A buffer with integers, and one without a value"
     def __init__(self):
         super().__init__()
         self.register_buffer('n', torch.zeros((), dtype=torch.int64))
@@ -53,7 +53,7 @@ class Count(nn.Module):
         return x
 
 class Odd(nn.Module):
-    "Raises, changes a tensor in place, or looks at values, which tensors without values have not"
+    "Raises an error, changes a tensor in place, or reads values, which meta tensors do not have"
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
@@ -154,7 +154,7 @@ def values(model): return {n:o.detach().clone() for n,o in [*model.named_paramet
 def moved(a, b): return {n for n in a.keys()|b.keys() if not (n in a and n in b and _same(a[n], b[n]))}
 def flags(model): return {n:p.requires_grad for n,p in model.named_parameters()}
 def look(learn):
-    "What a refused call leaves alone"
+    "What a refused call must not change"
     return dict(flags=flags(learn.model), modes=[m.training for m in learn.model.modules()], vars=[sorted(vars(m)) for m in learn.model.modules()],
         splitter=learn.splitter,
         opt=learn.opt, func=learn.opt_func, cbs=list(learn.cbs), bn=learn.train_bn, rng=torch.get_rng_state().tolist())
@@ -169,7 +169,7 @@ def first_uses(learn):
 
 def _has(tree, how): return not isinstance(tree, str) and (tree[0]==how or any(_has(o, how) for o in tree[1]))
 def _user_frozen(groups, was):
-    "Names that somebody froze in a group that trains"
+    "Names that were frozen by hand in a training group"
     k = next((i for i,g in enumerate(groups) if any(was[n] for n in g.param_names)), len(groups))
     return {n for g in groups[k:] for n in g.param_names if not was[n]}
 
@@ -280,7 +280,7 @@ def _state_of(opt): return [(id(p), k, v.clone() if isinstance(v,
 def _all_same(a, b): return a[1:]==b[1:] and len(a[0])==len(b[0]) and all(x[:2]==y[:2] and _same(x[2], y[2]) for x,y in zip(a[0], b[0]))
 
 def check_state(r, opt, other, n, changes):
-    "A changed state of an optimiser fits, or is refused whole"
+    "A changed optimiser state fits, or is refused completely"
     def _trained(opt, n):
         learn = make_learner(make_net(r), r, opt)
         learn.split(n)
@@ -369,7 +369,7 @@ def load_by_fastai(model, file, r, before):
     ends['fine'] += 1
 
 def check_checkpoint(r, ckpt, how):
-    "A changed file is loaded tensor by tensor, or refused whole"
+    "A changed file is loaded tensor by tensor, or refused completely"
     changes,wrap,hurt = ckpt
     model = timm.create_model('test_resnet') if how=='timm' else make_net(r)
     if how!='timm' and any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()): return
@@ -512,7 +512,7 @@ lines = st.builds(_line, st.one_of(_starts, st.sampled_from([('finetune',*o) for
 _work = '_run','compare_strategies','predict_images' # where a command begins to train or predict
 
 def check_line(args):
-    "A command ends with a status of the list, and says why"
+    "A command ends with an expected status and says why"
     out,err,(_,root),was,threads = io.StringIO(),io.StringIO(),place(),os.getcwd(),torch.get_num_threads()
     def _stop(*args, **kwargs): raise Stop('would train')
     work = {k:getattr(jobs, k) for k in _work}
@@ -565,7 +565,7 @@ _posix = pytest.mark.skipif(os.name=='nt', reason='Windows has no such names and
 def test_random(name): run(name, properties[name][2])
 
 def _kind(e):
-    "What to call the fault that raised `e`: where, and what"
+    "A name for the fault that raised `e`: where, and what"
     at = [o for o in traceback.extract_tb(e.__traceback__) if 'fastai_discriminative' in o.filename or o.filename==__file__][-1]
     said = re.sub(re.escape(tempfile.gettempdir())+'/tmp[^/]*', '', str(e))
     return f'{Path(at.filename).name}:{at.lineno} {at.name}: {type(e).__name__}: {said[:200]}'

@@ -1,4 +1,4 @@
-"The table of groups: each column by hand, and norm layers as they behave in a fit"
+"The table of groups: each column compared with a direct computation, and norm layers with their behaviour in a fit"
 import time
 
 import numpy as np,pandas as pd,pytest,torch

@@ -1,4 +1,4 @@
-"Layer groups: a partition in execution order with the head last, of any model in any wrapping; the best cut; names that survive; and every fault named"
+"Layer groups: a partition in execution order with the head last for any model in any wrapper, the best cut, names that survive, and every fault named"
 import pickle,re
 from copy import deepcopy
 from itertools import combinations
@@ -28,7 +28,7 @@ def _meta(arch, **kwargs):
 def _names(model): return [n for n,_ in model.named_parameters()]
 
 def _sound(groups, model):
-    "What holds for all groups of all models"
+    "Properties of all groups of all models"
     assert sorted(n for g in groups for n in g.param_names)==sorted(_named_params(model))
     assert all(g.param_names and g.layers for g in groups)
     ds = groups.depths
@@ -226,7 +226,7 @@ def test_unet():
     if _casts_in_a_trace(): check_splitter(Splitter(torchvision.models.resnet18, 'block'), m, input_size=(3,64,64))
 
 def test_two_backbones():
-    "Side by side, both are pretrained: neither may be taken for the head"
+    "Both parallel parts are pretrained: neither may be used as the head"
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -241,7 +241,7 @@ def test_two_backbones():
     check_splitter(Splitter(n_groups='block'), m, input_size=(3,160,160))
 
 def test_own_net_of_timm_blocks():
-    "A block of a known model is no known model"
+    "A block of a known model is not a known model"
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -395,7 +395,7 @@ def test_groups_refuse_another_model():
     assert gs.mismatch(_meta('resnet18'))==''
     bad = gs.mismatch(_meta('resnet34'))
     assert re.search(r'\d+ parameters are in no group, such as layer1.2', bad) and 'missing' not in bad
-    with pytest.raises(SplitterError, match=r'made for another model \(resnet18.*missing.*in no group.*anew'): gs(_meta('vit_tiny_patch16_224'))
+    with pytest.raises(SplitterError, match=r'made for another model \(resnet18.*missing.*in no group.*Split this model again'): gs(_meta('vit_tiny_patch16_224'))
 
 def test_pickle_and_copy():
     m = timm.create_model('convnext_atto', num_classes=2)
@@ -426,9 +426,9 @@ def test_splitter():
     assert len(s(other))==4 and s.groups.arch.startswith('test_vit'), "found anew for another model"
 
 def test_splitter_for_another_architecture():
-    with pytest.raises(SplitterError, match="asked for 'resnet50', but the model is a 'resnet18'"): Splitter('resnet50')(_meta('resnet18'))
-    with pytest.raises(SplitterError, match="asked for 'resnet18', but the model is a 'ResNet'"): Splitter('resnet18')(torchvision.models.resnet18())
-    with pytest.raises(SplitterError, match="asked for 'tv_resnet', but the model is a 'vit'"): Splitter(torchvision.models.resnet18)(_meta('vit_tiny_patch16_224'))
+    with pytest.raises(SplitterError, match="requested for 'resnet50', but the model is a 'resnet18'"): Splitter('resnet50')(_meta('resnet18'))
+    with pytest.raises(SplitterError, match="requested for 'resnet18', but the model is a 'ResNet'"): Splitter('resnet18')(torchvision.models.resnet18())
+    with pytest.raises(SplitterError, match="requested for 'tv_resnet', but the model is a 'vit'"): Splitter(torchvision.models.resnet18)(_meta('vit_tiny_patch16_224'))
     with pytest.raises(SplitterError, match="family 'resnet' do not fit this Sequential.*leave it out"):
         Splitter('resnet18')(nn.Sequential(create_body(torchvision.models.resnet18(), pretrained=False), nn.Linear(512,2)))
 
@@ -469,9 +469,9 @@ class Bad:
 def model(): return timm.create_model('resnet10t', num_classes=2)
 
 @pytest.mark.parametrize('how,match', [
-    ('missing', r'^1 fault in the groups of .*Bad.*:\n- conv1\.\S+ is in no group$'), ('doubled', r'conv1\.\S+ is in groups \[0, 1\]'), ('foreign', r'a tensor of shape \(3, 5\) in group 2 is no parameter'),
-    ('empty', 'group 1 is empty'), ('swapped', r'^9 faults.*\n- layer4.0.conv1.weight is in group 0, but first used after layer3\S+ of group 1 \(parameter 34 of 44 in order of use\)'), ('body_in_head', r'layer4\.\S+ is pretrained body, but in the last group'),
-    ('head_in_body', 'fc.weight is new, but in group 1'), ('flat', 'returns parameters, not lists of them')])
+    ('missing', r'^1 fault in the groups of .*Bad.*:\n- conv1\.\S+ is in no group$'), ('doubled', r'conv1\.\S+ is in groups \[0, 1\]'), ('foreign', r'a tensor of shape \(3, 5\) in group 2 is not a parameter'),
+    ('empty', 'group 1 is empty'), ('swapped', r'^9 faults.*\n- layer4.0.conv1.weight is in group 0, but first used after layer3\S+ of group 1 \(parameter 34 of 44 in order of use\)'), ('body_in_head', r'layer4\.\S+ is pretrained, but in the last group'),
+    ('head_in_body', 'fc.weight is new, but in group 1'), ('flat', r'returns \d+ parameters, not lists of parameters')])
 def test_faults(model, how, match):
     with pytest.raises(SplitterError, match=match): check_splitter(Bad(how), model)
 
@@ -522,7 +522,7 @@ def test_entangled_layers_are_one():
 
 def test_splitter_that_cannot_be_pickled(model):
     gs = layer_groups(model, 3)
-    with pytest.raises(SplitterError, match='cannot be pickled.*function of a module, or a class'): check_splitter(lambda m: gs(m), model)
+    with pytest.raises(SplitterError, match='cannot be pickled.*module-level function or a class'): check_splitter(lambda m: gs(m), model)
 
 def test_splitter_that_changes_its_mind(model):
     s = Bad('fickle')
@@ -537,7 +537,7 @@ def test_good_splitters_pass(model):
 def fastais_own(m): return [list(m[0].parameters()), list(m[1].parameters())]
 
 def test_model_without_names_to_check():
-    "No known backbone in it: the head cannot be told, the rest is checked"
+    "There is no known backbone, so the head is unknown and the rest is checked"
     m,x = _chain(4,5,6,2),torch.zeros(1,4)
     check_splitter(in_order, m, x=x)
     with pytest.raises(SplitterError, match='first used before'): check_splitter(out_of_order, m, x=x)
@@ -552,7 +552,7 @@ def test_check_leaves_the_model_alone(model):
     assert all(torch.equal(t, was[n]) for n,t in model.state_dict().items()) and all(o.training for o in model.modules())
 
 def test_layers_whose_parameters_are_empty():
-    "They have no sizes that cuts could go by"
+    "They have no sizes by which they could be cut"
     class Empty(nn.Module):
         def __init__(self):
             super().__init__()
@@ -564,4 +564,4 @@ def test_layers_whose_parameters_are_empty():
 def test_a_familys_name_as_architecture(model):
     "It names the right model, or is refused"
     assert layer_groups(model, arch='resnet').names==layer_groups(model).names
-    with pytest.raises(FamilyError, match="'convnext' is a family of architectures.*'convnext_"): layer_groups(model, arch='convnext')
+    with pytest.raises(FamilyError, match="'convnext' is a family, not an architecture.*'convnext_"): layer_groups(model, arch='convnext')

@@ -1,4 +1,4 @@
-"The HTML report: whole, harmless, readable in both colour modes, and true; in a browser where there is one"
+"The HTML report is complete, harmless, readable in both colour modes, and correct; checked in a browser if there is one"
 import re,shutil,subprocess
 from base64 import b64decode
 from html import escape
@@ -34,7 +34,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope='module')
 def run(bright_data, tmp_path_factory):
-    "A learner that was looked at, trained by `auto` and measured, and its report"
+    "A learner with a preflight, a fit with `auto` and a meter, and its report"
     learn,meter = pre_ours(bright_data),DistortionMeter(n_images=4)
     look = learn.preflight(1, 'auto')
     look.findings.append(PreflightFinding('classes', f'{evil} & more', 'x<y'))

@@ -1,4 +1,4 @@
-"The notebooks for Kaggle run as they would there: folders laid out as Kaggle's, nothing writable but `/kaggle/working`, no network, the package from a wheel"
+"The Kaggle notebooks run as on Kaggle: the same folders, only `/kaggle/working` writable, no network, the package from a wheel"
 import json,os,shutil,subprocess,sys,sysconfig
 from pathlib import Path
 
@@ -9,7 +9,7 @@ root = Path(__file__).parent.parent
 kaggle = Path('/kaggle')
 
 def _apart(cmd, **kwargs):
-    "Run shell lines in namespaces of their own: other mounts, no network"
+    "Run shell lines in separate namespaces, with other mounts and no network"
     return subprocess.run(['unshare','-mn','bash','-ec',cmd], capture_output=True, text=True, timeout=900, **kwargs)
 
 def _why_not():
@@ -21,7 +21,7 @@ def _why_not():
 pytestmark = [pytest.mark.skipif(bool(_why_not()), reason=_why_not()), pytest.mark.xdist_group('kaggle')]
 
 def _data(path):
-    "A competition's images: three kinds of drawings, and nine whose kind is asked for"
+    "A competition's images: three classes of drawings, and nine images to predict"
     for kind in ('flags','food','plants'):
         for i,f in enumerate(sorted((clipart_path()/kind).iterdir())[:19]):
             dst = path/'test' if i>=16 else path/'train'/kind
@@ -32,7 +32,7 @@ def _data(path):
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    "Inputs as data sets, and a Python that has what Kaggle's image has, without this package"
+    "Inputs as data sets, and a Python with the packages of Kaggle's image, but without this package"
     p = tmp_path_factory.mktemp('kaggle')
     src,inp = p/'src',p/'input'
     shutil.copytree(root, src, ignore=shutil.ignore_patterns('.*','_*','build','benchmarks','models'))

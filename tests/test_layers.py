@@ -1,4 +1,4 @@
-"The map of a model: what it says of each parameter, depth by path, and that it fits copies"
+"The map of a model: its information on each parameter, depth by path, and that it fits copies"
 import pickle
 from copy import deepcopy
 
@@ -30,7 +30,7 @@ class TwoStreams(nn.Module):
     def forward(self, x, y): return self.fc(self.trunk(torch.cat([self.rgb(x), self.depth(y)], 1)).mean((2,3)))
 
 class Aux(nn.Module):
-    "A chain with a second output on the way"
+    "A chain with a second output in the middle"
     def __init__(self):
         super().__init__()
         self.early,self.late = nn.Sequential(*[plain(i, 8) for i in (3,8,8)]),nn.Sequential(*[plain(8, 8) for _ in range(3)])
@@ -92,7 +92,7 @@ def test_equal_towers_have_equal_depths_and_rates():
 
 def test_too_few_groups_for_two_towers():
     m = built(lambda: Towers(lambda: nn.Sequential(conv(3,4), conv(4,4))), (3,8,8))
-    with pytest.raises(SplitterError, match='2 branches side by side.*a number from 3 to'): layer_groups(m, 2, x=torch.zeros(2,3,8,8))
+    with pytest.raises(SplitterError, match='2 parallel branches.*a number from 3 to'): layer_groups(m, 2, x=torch.zeros(2,3,8,8))
     assert layer_groups(m, 3, x=torch.zeros(2,3,8,8)).names[-1]=='head'
 
 def test_streams_of_different_lengths():

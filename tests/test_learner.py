@@ -1,4 +1,4 @@
-"The learner as a demanding user meets it: splits that keep the state, presets that arrive, mistakes that are named, and nothing else changed"
+"The learner as users see it: splits keep the state, presets reach the optimiser, mistakes are named, and nothing else changes"
 import copy,inspect,pickle,subprocess,sys,textwrap
 
 import numpy as np,pytest,timm,torch
@@ -65,7 +65,7 @@ _script = '''
 '''
 
 def test_stock_learners_train_bit_identically_with_and_without_us(folder, tmp_path):
-    "In one process of its own, before our import and after it"
+    "In a separate process, before our import and after it"
     p = subprocess.run([sys.executable, '-c', textwrap.dedent(_script), str(folder), str(tmp_path)], capture_output=True, text=True)
     assert p.returncode==0, p.stderr
     res = [torch.load(tmp_path/how) for how in ('with','without')]
@@ -143,7 +143,7 @@ def test_split_does_not_use_random_numbers_or_change_weights(dls):
         assert same(before, weights(learn)) and torch.equal(rng, torch.get_rng_state()) and (npr==np.random.get_state()[1]).all()
 
 def check_groups(learn, n=None):
-    "Rules 1 and 4, and that the optimiser has these very groups"
+    "Rules 1 and 4, and that the optimiser has the same groups"
     groups,names = learn.layer_groups,[n for n,_ in learn.model.named_parameters()]
     assert sorted(n for g in groups for n in g.param_names)==sorted(names)
     ps = dict(learn.model.named_parameters())
@@ -403,7 +403,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_whole(dls, tmp_path, ar
     other.save('other')
     learn = warm(dls, 'fused_adamw', path=tmp_path)
     was = snapshot(learn)
-    with pytest.raises(WeightsError, match='nothing of it was loaded'): learn.load('other')
+    with pytest.raises(WeightsError, match='nothing was loaded'): learn.load('other')
     unchanged(learn, was)
     learn.save('own')
     before = weights(learn)

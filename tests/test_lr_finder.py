@@ -19,7 +19,7 @@ def learn(dls):
     return res
 
 def state(learn):
-    "All that a finder has to leave alone"
+    "Everything that a finder must not change"
     m,opt = learn.model,learn.opt
     grads = [None if p.grad is None else p.grad.clone() for p in m.parameters()]
     model = dict(w=weights(learn), flags=flags(learn), modes=[o.training for o in m.modules()], grads=grads)
@@ -80,7 +80,7 @@ def test_courses_of_their_own(learn):
 
 @pytest.fixture
 def trained(learn, monkeypatch):
-    "A head that knows something, and trials that are short"
+    "A trained head, and short trials"
     monkeypatch.setattr(at, '_most_steps', 2)
     monkeypatch.setattr(at, '_bearable', lambda n: 9.) # random weights bear nothing
     learn.freeze()
@@ -159,7 +159,7 @@ def test_no_call_inside_a_fit(learn):
     with pytest.raises(ReportError, match='A fit is running'): learn.fit_one_cycle(1, 1e-3, cbs=Look())
 
 def test_diverging_at_once(learn):
-    with pytest.raises(ReportError, match='Begin with a lower'): learn.lr_find_groups('joint', start_lr=1e6, end_lr=1e9)
+    with pytest.raises(ReportError, match='Start with a lower'): learn.lr_find_groups('joint', start_lr=1e6, end_lr=1e9)
 
 def test_not_a_number_from_the_start(learn):
     with torch.no_grad(): next(learn.model.parameters()).fill_(math.nan)

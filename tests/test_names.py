@@ -1,4 +1,4 @@
-"A group by name wherever a group is meant, and rates by name: the same as by number, or an error that helps"
+"Groups and rates by name: the same as by number, or a helpful error"
 import numpy as np,pytest,timm
 from fastai.vision.all import Callback,set_seed
 
@@ -136,7 +136,7 @@ def test_a_name_of_several_groups_gives_all_of_them_its_rate():
     assert lrs[1]==lrs[3]==1e-4 and lrs[2]==pytest.approx(1e-4)
 
 @pytest.mark.parametrize('bad,words', [({}, 'empty'), ({'nose':1e-3}, "called 'nose'"), ({'head':0}, 'above 0'), ({'head':-1}, 'above 0'), ({'head':float('inf')}, 'above 0'), ({'head':'preset'}, "'preset'"),
-    ({'head':True}, 'True'), ({'head':None}, 'None'), ({0:1e-3}, '0 is no name.*conv1.*or a list'), ({None:1e-3}, 'None is no name'), ({'a':1e-3, 'a.0':1e-4}, "'a.0-1' has two rates")])
+    ({'head':True}, 'True'), ({'head':None}, 'None'), ({0:1e-3}, '0 is not a name.*conv1.*or a list'), ({None:1e-3}, 'None is not a name'), ({'a':1e-3, 'a.0':1e-4}, "'a.0-1' has two rates")])
 def test_rates_that_cannot_be_used(bad, words):
     with pytest.raises(PresetError, match=words): rates_by_name(parts(None), bad)
 

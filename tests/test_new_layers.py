@@ -1,4 +1,4 @@
-"Layers that are new, wherever they stand: their rates, their groups, and what freezing does to them and to what the user froze"
+"New layers anywhere in a model: their rates and groups, and what freezing does to them and to parameters frozen by hand"
 import pickle
 
 import pytest,timm,torch,torchvision
@@ -14,7 +14,7 @@ from fastai_discriminative.all import *
 from fastai_discriminative.core import OptimizerStateError
 
 class Adapted(nn.Module):
-    "A pretrained body with a new stem in front, adapters in two blocks, and a pyramid behind"
+    "A pretrained body with a new stem before it, adapters in two blocks, and a pyramid after it"
     def __init__(self):
         super().__init__()
         self.to_rgb,self.body = nn.Conv2d(4,3,1),timm.create_model('test_resnet', num_classes=0)
@@ -60,8 +60,8 @@ def test_what_is_named_and_not_there():
             super().__init__()
             self.drop = nn.Dropout()
     with pytest.raises(SplitterError) as e: layer_groups(Bare(), new='drop')
-    assert "nothing with parameters in this Bare is called so" in str(e.value) and 'mean' not in str(e.value), 'a module without parameters is no better name'
-    with pytest.raises(SplitterError, match='no part of this Adapted'): layer_groups(Adapted(), new=nn.Linear(2,2))
+    assert "no part of this Bare with that name has parameters" in str(e.value) and 'mean' not in str(e.value), 'a module without parameters is no better name'
+    with pytest.raises(SplitterError, match='not part of this Adapted'): layer_groups(Adapted(), new=nn.Linear(2,2))
     with pytest.raises(SplitterError, match='takes names, modules and parameters, not a int'): layer_groups(Adapted(), new=[3])
 
 @pytest.mark.parametrize('opt', opts)
@@ -102,7 +102,7 @@ def test_strategies_never_freeze_what_is_new(name):
 @pytest.mark.parametrize('opt', opts)
 def test_what_the_user_froze_stays_frozen(opt):
     class WithAverage(nn.Module):
-        "Holds an average of its own blocks, which nobody trains"
+        "Contains an average of its own blocks, which is not trained"
         def __init__(self):
             super().__init__()
             self.net = timm.create_model('test_resnet', num_classes=3)

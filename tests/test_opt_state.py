@@ -1,4 +1,4 @@
-"A split learner's file holds the state of any optimiser by name, and what is frozen: into other groups it goes whole, or not at all"
+"A split learner's file has the state of any optimiser by name, and what is frozen; it is loaded into other groups completely or not at all"
 import copy
 from functools import partial
 
@@ -47,7 +47,7 @@ def fit(learn, n=1, seed=3):
 def inner(opt): return inner(opt.opt) if isinstance(opt, Lookahead) else opt if hasattr(opt, 'cbs') else opt.opt
 
 def moments(learn):
-    "All that the optimiser keeps, by name"
+    "Everything that the optimiser keeps, by name"
     res = {f'{n} {k}':v for n,p in named_params(learn.model).items() for k,v in inner(learn.opt).state.get(p, {}).items() if isinstance(v,
         torch.Tensor) or k=='step'}
     slow = getattr(learn.opt, 'slow_weights', None) or []
@@ -233,7 +233,7 @@ def test_a_file_that_contradicts_itself_loads_the_weights_alone(dls, tmp_path, d
     torch.save(o, file)
     new = fit(learner(dls, n_groups=3, seed=1, path=tmp_path), seed=5)
     was = snap(new)
-    with pytest.warns(UserWarning, match='what it says is frozen is not in it'): new.load('x')
+    with pytest.warns(UserWarning, match='it lists frozen parameters that it does not contain'): new.load('x')
     assert is_as(new, was) and same(weights(new), weights(learn))
 
 def test_a_wrapper_whose_optimiser_cannot_load_is_as_it_was(dls):

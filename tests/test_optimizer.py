@@ -1,4 +1,4 @@
-"Fused optimisers equal fastai's own, decay only what they should, never move what is frozen, and carry their state by name"
+"Fused optimisers equal fastai's own, decay only what they should, never change frozen parameters, and save their state by name"
 import copy,pickle,random,warnings
 from functools import partial
 
@@ -327,8 +327,8 @@ def test_bad_parameters_are_named():
     m,err = net(),partial(pytest.raises, OptimizerStateError)
     with err(match="'0.weight' with shape .* is in groups 0 and 1"): fused_adamw([named(m)[0], named(m)[0]], 1e-3)
     with err(match='number 0 of group 1 with shape'): fused_adamw([[m[0].weight], [m[0].weight]], 1e-3)
-    with err(match='No parameter'): fused_adamw([], 1e-3)
-    with err(match='No parameter'): fused_adamw([[],[]], 1e-3)
+    with err(match='no parameter'): fused_adamw([], 1e-3)
+    with err(match='no parameter'): fused_adamw([[],[]], 1e-3)
     with err(match='Sequential'): fused_adamw(m, 1e-3)
     with err(match='Conv2d'): fused_adamw([m[0], m[3]], 1e-3)
     with err(match='dict'): fused_adamw([{'params': list(m.parameters())}], 1e-3)

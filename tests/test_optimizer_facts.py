@@ -1,4 +1,4 @@
-"What timm asks of its optimisers: a loss falls, odd layouts and narrow valleys are no trouble, copies train on in step, each group has its rate"
+"timm's tests for optimisers: a loss falls, odd layouts and narrow valleys work, copies train in the same way, and each group has its rate"
 import copy,pickle
 from functools import partial
 
@@ -58,7 +58,7 @@ def test_the_loss_of_a_small_net_falls_in_every_step(func):
 
 @by_func
 def test_in_a_narrow_curved_valley_it_comes_nearer(func):
-    "One coordinate's gradient a step, in turn; the valley is that of Rosenbrock's function"
+    "The gradient of one coordinate per step, in turn; the valley is Rosenbrock's function"
     f,lr = funcs[func]
     if 'decayed' in func: return # decay pulls it to zero, which is not the end of the valley
     p,goal = nn.Parameter(torch.tensor([1.5,1.5])),torch.ones(2)

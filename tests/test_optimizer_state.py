@@ -55,7 +55,7 @@ def test_state_that_does_not_fit_changes_nothing():
         assert [h['lr'] for h in opt2.hypers]==[1e-2]*3
 
 def loads_nothing(opt, sd, msg):
-    "Is `sd` refused with `msg`, and `opt` as it was?"
+    "Is `sd` refused with `msg`, and is `opt` unchanged?"
     moments,hypers = frozen_copy(opt),[dict(h) for h in opt.hypers]
     with pytest.warns(UserWarning, match=msg), pytest.raises(OptimizerStateError, match=msg): opt.load_state_dict(sd)
     assert [dict(h) for h in opt.hypers]==hypers and opt.opt.state.keys()==moments.keys()
@@ -95,7 +95,7 @@ def of_first(**kw): return lambda sd: sd['state'][0].update(kw)
     (lambda sd: sd.update(hypers=[1,2,3]),'damaged'), (lambda sd: sd.update(state=5),'damaged'), (lambda sd: sd.update(sizes=torch.ones(7)),'damaged'),
     (lambda sd: sd['state'].__setitem__(3, None),'damaged'),
     (lambda sd: sd.update(names=[['8.bias']*4,['b']*4,['c']*2]),'names'),
-    (of_first(grad_avg=1.),'no moments'), (of_first(step='3'),'no moments'), (of_first(step=-1),'no moments'), (of_first(sqr_avg=torch.ones(6,3,3,3, dtype=torch.long)),'no moments')])
+    (of_first(grad_avg=1.),'not contain moments'), (of_first(step='3'),'not contain moments'), (of_first(step=-1),'not contain moments'), (of_first(sqr_avg=torch.ones(6,3,3,3, dtype=torch.long)),'not contain moments')])
 @pytest.mark.parametrize('cuts', [(4,8),(8,)])
 def test_damaged_state_changes_nothing(damage, msg, cuts):
     sd = copy.deepcopy(trained()[1].state_dict())
@@ -119,7 +119,7 @@ def torch_sgd(m, **kw):
     return torch.optim.SGD([dict(params=[p]) for p in m.parameters()], 1e-2, momentum=0.9, **kw)
 
 def skipping(m, opt, plan):
-    "A step for each set of layers in `plan`, which get no gradient in it"
+    "A step for each set of layers in `plan`; these layers get no gradient in that step"
     gen = torch.Generator().manual_seed(2)
     for skip in plan:
         nn.functional.cross_entropy(m(torch.randn(8,3,10,10, generator=gen, dtype=torch.float64)), torch.randint(0, 2, (8,), generator=gen)).backward()

@@ -22,7 +22,7 @@ def _dls(n_in=3, size=32, y=None, n=8):
     return dls
 
 def _holds(learn, checks=('rules','numbers','rates','copies','training')):
-    "The learner's groups are in order and named, all checks hold, a fit at the preset works, and what is frozen does not move"
+    "The learner's groups are in order and named, all checks pass, a fit with the preset works, and frozen parameters do not change"
     x = learn.dls.one_batch()[:learn.dls.n_inp]
     check_splitter(learn.splitter, learn.model, x=tuple(x))
     todo = splitter_checks(learn.model, x=tuple(x), arch=getattr(learn, 'arch', None))
@@ -53,7 +53,7 @@ def test_unet(arch, family):
 # ## timm's features_only
 
 class Pyramid(nn.Module):
-    "A head of one's own on all stages of a timm backbone"
+    "A custom head on all stages of a timm backbone"
     def __init__(self, arch):
         super().__init__()
         self.body = timm.create_model(arch, features_only=True)
@@ -96,7 +96,7 @@ def test_hugging_face(name):
 
 @pytest.mark.parametrize('name', ['ViT','Dinov2'])
 def test_hugging_face_blocks_are_layers(name):
-    "Twelve blocks, none of them cut in two, and no batch needed: the model's config says how large its images are"
+    "Twelve undivided blocks; no batch is needed, since the model's config gives the image size"
     m = Wrapped(_hf(name))
     gs = layer_groups(m, 'block')
     blocks = [{n.split('layers.' if '.layers.' in n else 'layer.')[1].split('.')[0] for n in g.param_names if '.layer' in n and '.layernorm' not in n} for g in gs]
@@ -104,7 +104,7 @@ def test_hugging_face_blocks_are_layers(name):
     check_splitter(Splitter(groups=gs), m)
 
 def test_mask_token_is_no_obstacle():
-    "Only pretraining uses it; it goes with the embeddings that it is part of"
+    "Only pretraining uses it, so it stays with the embeddings that contain it"
     m = Wrapped(_hf('Dinov2'))
     assert 'hf.dinov2.embeddings.mask_token' in layer_groups(m)[0].param_names
 

@@ -1,4 +1,4 @@
-"Phases that are one fit: rates, moments, callbacks, interrupts, and an end that is never below the best"
+"Phases as one fit: rates, moments, callbacks, interrupts, and an end that is never below the best"
 import pickle
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ def test_the_rates_of_a_phase_are_those_of_fit_one_cycle(dls):
     np.testing.assert_allclose(ours_spy.lrs, stock_spy.lrs, rtol=1e-3, atol=1e-9)
 
 def test_moments_and_momentum(dls):
-    "The head's step counts go on when the body thaws"
+    "The head's step counts continue when the body is unfrozen"
     learn = ours(dls)
     learn.fit_strategy([Phase(2, 1e-3, frozen=-1), Phase(1, 1e-4)])
     steps = {int(learn.opt.opt.state[p]['step']) for p in list(learn.opt.param_lists)[-1]}
@@ -92,7 +92,7 @@ def test_features_that_cannot_be_kept(dls, monkeypatch):
     def _refuse(self): raise FeatureError('No features here.')
     monkeypatch.setattr(CachedFeatures, 'rehearse', _refuse)
     learn = ours(dls)
-    with pytest.warns(UserWarning, match='trains on the data themselves'): learn.fit_strategy('lp_ft', 2)
+    with pytest.warns(UserWarning, match='trains on the data for 1 instead'): learn.fit_strategy('lp_ft', 2)
     assert len(learn.recorder.values)==1+2
 
 def test_a_cache_of_ones_own(dls):
@@ -149,7 +149,7 @@ def test_mistakes_are_named_before_anything_moves(dls):
         (lambda: learn.fit_strategy([]), 'list of `Phase`'), (lambda: learn.fit_strategy([1]), 'list of `Phase`'), (lambda: Phase(0), 'at least 1'), (lambda: Phase(1, sched='cosine'), 'Unknown schedule'),
         (lambda: learn.fit_strategy(Phase(1, frozen=n)), 'trains nothing'), (lambda: learn.fit_strategy(Phase(1, frozen=-n-1)), f'{n} groups'),
         (lambda: learn.fit_strategy(Phase(1, cached=True)), 'nothing is frozen'), (lambda: learn.fit_strategy([Phase(1), Phase(1), Phase(1)], 2), '3 phases take 3 epochs'),
-        (lambda: learn.fit_strategy('fastai', 1, start_epoch=1), 'go on in the middle'),
+        (lambda: learn.fit_strategy('fastai', 1, start_epoch=1), 'start in the middle'),
         (lambda: learn.fit_strategy('auto', 1, monitor='acuracy'), "Did you mean 'accuracy'")]:
         with pytest.raises(StrategyError) as e: f()
         assert what in str(e.value), (what, str(e.value))

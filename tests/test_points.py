@@ -20,7 +20,7 @@ def head_then(lr, norm='running'):
     return Strategy('head, then all', lambda n,preset,groups: [Phase(k, preset, frozen=-1, cached=True), Phase(n, lr, train_norm=norm)], keep_best=BestPoint)
 
 class Look(Callback):
-    "What `BestPoint` knows when the fit is over"
+    "What `BestPoint` knows after the fit"
     order = 70
     def after_fit(self): self.best = self.learn.best_point
 

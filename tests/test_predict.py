@@ -1,4 +1,4 @@
-"Predictions for images that nobody labelled: fastai's own, in the order and shape that was asked for, and every image has a row"
+"Predictions for unlabelled images: fastai's own, in the requested order and form, with a row for every image"
 import shutil
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def test_files_folders_and_ensembles(learn, root, tmp_path):
     for o in (tmp_path, [tmp_path/'learner-0.pkl', str(tmp_path/'learner-1.pkl')], [learn,other]): assert np.allclose(predict_images(o, root).preds, mean, atol=1e-6)
 
 def test_classes_in_another_order(learn, root):
-    "Two learners of one task may have been given their classes in other orders"
+    "Two learners of one task may have their classes in different orders"
     other = _learner(root)
     other.model.load_state_dict(learn.model.state_dict())
     other.dls.vocab.items = L(reversed(other.dls.vocab.items)) if isinstance(other.dls.vocab.items, L) else list(reversed(other.dls.vocab.items))

@@ -1,4 +1,4 @@
-"What of a model is fixed and what the rest uses of it: proved in both modes, refused where the two cannot be taken apart"
+"The fixed part of a model and what the rest uses: tested in both modes, refused if the two cannot be separated"
 import pytest,torch
 from torch import nn
 
@@ -41,7 +41,7 @@ def test_everything_frozen():
     with pytest.raises(FeatureError, match='Nothing trains'): FrozenPrefix(net, (torch.randn(2,3,32,32),))
 
 def test_a_model_with_a_secret():
-    "What passes between layers by another way than their results cannot be kept"
+    "Values that layers pass on outside their results cannot be cached"
     class Secret(nn.Module):
         def __init__(self):
             super().__init__()
@@ -69,7 +69,7 @@ def test_a_frozen_layer_that_only_training_runs():
     assert 'forward' not in vars(m.aux) and m.training
 
 def test_rows_that_are_no_samples():
-    "An LSTM gives its state with layers first: not a row a sample, also where their numbers agree"
+    "An LSTM returns its state with layers first: not one row per sample, even if the numbers are equal"
     class Rnn(nn.Module):
         def __init__(self):
             super().__init__()
@@ -79,7 +79,7 @@ def test_rows_that_are_no_samples():
         with pytest.raises(FeatureError, match='no row for each|gives other results'): FrozenPrefix(Rnn(), (torch.randn(bs,5,4),))
 
 def test_a_prefix_that_is_random_in_training():
-    "Random numbers within a frozen layer that stays in train mode"
+    "Random numbers inside a frozen layer that stays in train mode"
     class Noise(nn.Module):
         def __init__(self):
             super().__init__()

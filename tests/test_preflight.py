@@ -1,4 +1,4 @@
-"A look before the fit: each finding where it is right and where it is silent; what is told; nothing is changed"
+"Preflight: each finding appears when it should and only then, the summary is right, and nothing changes"
 import pickle,random,shutil
 from functools import partial
 
@@ -28,7 +28,7 @@ def learn(dls):
     return res
 
 def trained_norms(learn):
-    "Norm layers that look as if they were trained, with statistics of the learner's own data"
+    "Norm layers that look trained, with statistics of the learner's own data"
     bns = [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for m in bns:
@@ -107,7 +107,7 @@ def test_steps_of_recipes_that_no_law_carries_over(dls):
 def test_validation(learn):
     f = found(learn.preflight(1))['validation']
     lo,hi = fg._wilson(.9, 9)
-    assert f.what.startswith('9 images') and f'{lo:.1%} and {hi:.1%}' in f.what and 'below 870 images' in f.what and f.args=='--seeds 5'
+    assert f.what.startswith('9 images') and f'{lo:.1%} and {hi:.1%}' in f.what and 'fewer than 870 images' in f.what and f.args=='--seeds 5'
     assert fg._wilson(.9, 870)==pytest.approx((.87827, .91821), abs=1e-5) # by hand: (p + z2/2n -+ z sqrt(pq/n + z2/4n2))/(1 + z2/n)
 
 @pytest.mark.parametrize('n,says', [(860,True), (870,False)])
@@ -129,10 +129,10 @@ def test_nothing_to_validate_on():
 def test_regression_and_many_labels_have_no_interval():
     dls = DataLoaders.from_dsets(vectors(40, False), vectors(20, False), bs=20)
     look = quiet(Learner(dls, nn.Linear(4,1), loss_func=MSELossFlat())).preflight(1)
-    assert not look.findings and 'not one class each' in look.skipped['validation']
+    assert not look.findings and 'not have one class each' in look.skipped['validation']
     many = [(torch.randn(4), torch.tensor([1.,0.])) for _ in range(40)]
     look = quiet(Learner(DataLoaders.from_dsets(many, many, bs=20), nn.Linear(4,2), loss_func=BCEWithLogitsLossFlat())).preflight(1)
-    assert not look.findings and 'not one class each' in look.skipped['validation']
+    assert not look.findings and 'not have one class each' in look.skipped['validation']
 
 def test_masks_have_no_interval():
     pairs = [(torch.randn(3,8,8), torch.zeros(8,8).long()) for _ in range(40)]
@@ -290,7 +290,7 @@ def test_a_finding_that_fails_is_told(learn, monkeypatch):
 
 # ---- what it refuses
 
-@pytest.mark.parametrize('how,msg', [(dict(n_epoch=0), 'at least 1'), (dict(n_epoch=1, strategy='lpft'), "Did you mean 'lp_ft'"), (dict(n_epoch=1, strategy='lp_ft', lr=1e-3), 'rates of its own'),
+@pytest.mark.parametrize('how,msg', [(dict(n_epoch=0), 'at least 1'), (dict(n_epoch=1, strategy='lpft'), "Did you mean 'lp_ft'"), (dict(n_epoch=1, strategy='lp_ft', lr=1e-3), 'its own rates'),
     (dict(n_epoch=1, lr='presets'), 'Did you mean'), (dict(n_epoch=1, lr=[1e-3,1e-2]), '2 learning rates')])
 def test_errors_are_those_of_the_fit(learn, how, msg):
     before = state(learn)
@@ -301,7 +301,7 @@ def test_a_preset_needs_groups(dls):
     with pytest.raises(PresetError, match='layer groups'): stock(dls).preflight(1, lr='preset')
 
 def test_tables(tmp_path):
-    "Part of the look works on tabular data, and the rest says why it does not"
+    "Some checks work on tabular data, and the others say why they do not"
     import pandas as pd
     from fastai.tabular.all import Categorify,CategoryBlock,TabularDataLoaders,tabular_learner
     df = pd.DataFrame(dict(a=np.random.randn(60), b=['x','y']*30, y=['p','q','r']*20))

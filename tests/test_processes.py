@@ -20,7 +20,7 @@ def _start(out, *cmd):
 
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory):
-    "What came of all cases in both processes, and in one alone"
+    "The results of all cases in both processes, and in a single one"
     path = tmp_path_factory.mktemp('processes')
     jobs = [_start(path/'of1'), _start(path/'of2', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')]
     try:
@@ -50,7 +50,7 @@ def test_processes_end_with_the_same_bits_and_evidence(ran, name):
     np.testing.assert_equal(*rest)
 
 def test_an_image_that_is_not_finite_in_one_process_stops_both(ran):
-    "On cached features, which cannot be kept, and on images, where a loss says it"
+    "On features, which cannot be cached, and on images, where the loss shows it"
     a,b = (o['not finite features'] for o in ran[:2])
     assert a['error']=='FeatureError' and 'Another process' in a['message']
     assert b['error']=='NotFiniteError' and 'inputs' in b['message']
@@ -76,18 +76,18 @@ def test_a_communication_hook_outlives_a_thaw(ran):
     assert res['hooks']==[['fp16_compress_hook']]*5 and res['n_wrappers']==2
 
 @pytest.mark.parametrize('name, error, words', [('item missing','FeatureError','Another process|gave 15 of 16'), ('late after_pred','RanksError','after this batch had begun'),
-    ('late before_batch','RanksError','`order` is below 5'), ('alone','RanksError','another process trains others')])
+    ('late before_batch','RanksError','`order` is below 5'), ('alone','RanksError','another process trains different ones')])
 def test_what_cannot_be_served_is_an_error_in_all_processes(ran, name, error, words):
     for o in ran[:2]:
         assert o[name].get('error')==error
         assert any(w in o[name]['message'] for w in words.split('|'))
 
 def test_a_model_that_cannot_be_made_anew(monkeypatch):
-    "As where FSDP or a compiled model stands around it"
+    "As with FSDP or a compiled model around it"
     monkeypatch.setattr(ReducedParams, 'check_agreed', lambda self: None)
     monkeypatch.setattr('fastai_discriminative.ranks.n_ranks', lambda: 2)
     learn = SimpleNamespace(model=nn.Linear(2,2))
     reduced = ReducedParams(learn)
     reduced.follow()
     learn.model.bias.requires_grad_(False)
-    with pytest.raises(RanksError, match='Linear cannot be made anew'): reduced.follow()
+    with pytest.raises(RanksError, match='Linear cannot be rebuilt'): reduced.follow()

@@ -1,4 +1,4 @@
-"Pictures of rates: a plan is what the fit then does, and nothing changes by drawing it"
+"Pictures of rates: a plan shows what the fit then does, and drawing it changes nothing"
 import numpy as np,pytest
 import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"Hyper-parameters, gradients and updates of every group: right by hand, without influence, in files and loggers"
+"Hyper-parameters, gradients and updates of every group: equal to direct computation, without side effects, in files and loggers"
 import csv,os,pickle
 
 import numpy as np,pandas as pd,pytest,torch

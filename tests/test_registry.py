@@ -1,4 +1,4 @@
-"Registry: one base for errors, who may register what, the most specific family, plug-ins, and every form in which a user names a model"
+"Registry: one base class for errors, registration, the most specific family, plug-ins, and every way to name a model"
 import os,re,subprocess,sys
 from pathlib import Path
 
@@ -15,7 +15,7 @@ root = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def own_families():
-    "Each test may register families; none of them outlives it"
+    "Each test may register families, which are removed afterwards"
     list_families()
     was = dict(_families)
     yield
@@ -56,13 +56,13 @@ def test_register_returns_the_function_and_keeps_what_was_said():
 
 def test_duplicate_is_refused_unless_exist_ok():
     register_family('mine', archs='mynet')(_stem)
-    with pytest.raises(FamilyError, match="'mine' is registered already.*exist_ok"): register_family('mine', archs='other')(_stem)
+    with pytest.raises(FamilyError, match="'mine' is already registered.*exist_ok"): register_family('mine', archs='other')(_stem)
     assert find_family('mine').archs==('mynet',)
     register_family('mine', archs='other', exist_ok=True)(_stem)
     assert find_family('mine').archs==('other',) and [f.name for f in list_families()].count('mine')==1
 
 def test_builtin_is_not_replaced_by_accident():
-    with pytest.raises(FamilyError, match='registered already'): register_family('convnext', archs='convnext.*')(_stem)
+    with pytest.raises(FamilyError, match='already registered'): register_family('convnext', archs='convnext.*')(_stem)
     assert find_family('convnext_tiny').layers is not _stem
 
 def test_family_that_matches_nothing_is_refused():
@@ -212,7 +212,7 @@ def _python(folder, code):
     return res.stdout.split('\n'),res.stderr
 
 def test_plugins(tmp_path):
-    "Loaded on first use and once, all of them; a broken or missing one warns by name and stops nobody"
+    "All are loaded once, on first use; a broken or missing one warns by name and stops nothing"
     _install(tmp_path, 'broken', dict(broken='broken_plugin', lost='no_such_module_anywhere'), broken_plugin='raise RuntimeError("no good")')
     _install(tmp_path, 'mine', dict(mine='my_plugin'), my_plugin=plugin)
     _install(tmp_path, 'builtins_of_ours', dict(ours='fastai_discriminative.families'))
@@ -228,7 +228,7 @@ print(find_family('resnet18').registered)
     assert "Families of plug-in 'lost' (no_such_module_anywhere) could not be loaded: ModuleNotFoundError" in err
 
 def test_built_in_families_come_by_the_same_door():
-    "Whoever imports one room only must find the families too"
+    "The families must be found after importing a single module"
     text = (root/'pyproject.toml').read_text()
     assert re.search(r'\[project\.entry-points\."fastai_discriminative\.families"\]\s*\n\w+ *= *"fastai_discriminative\.families"', text)
 

@@ -19,7 +19,7 @@ def _module(name): return importlib.import_module(f'fastai_discriminative.{name}
 def _all(name): return getattr(_module(name), '__all__', [])
 def _tree(name): return ast.parse((pkg/f'{name}.py').read_text(encoding='utf-8'))
 def _files(folder='.'):
-    "Files that git has or would take, or every file where this is no git checkout"
+    "Files that git tracks or would add, or every file outside a git checkout"
     res = subprocess.run(['git','ls-files','-co','--exclude-standard',folder], cwd=root, capture_output=True, text=True) if shutil.which('git') else None
     if res and not res.returncode and res.stdout: return [o for o in res.stdout.splitlines() if (root/o).is_file()]
     return [str(o.relative_to(root)) for o in (root/folder).rglob('*') if o.is_file() and '__pycache__' not in o.parts]

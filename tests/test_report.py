@@ -1,4 +1,4 @@
-"The distortion meter: right by hand, and without influence"
+"The distortion meter: equal to direct computation, and without side effects"
 import numpy as np,pytest,torch
 
 from fastai.vision.all import ProgressCallback,noop,set_seed

@@ -1,4 +1,4 @@
-"A fit that was cut off goes on from its file, to the bit as if nothing had happened; and no other fit does"
+"An interrupted fit continues from its file, to the bit as if it had not stopped; no other fit does"
 import json,os,random,shutil,signal,subprocess,sys,tempfile,traceback,warnings
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ def as_in_a_test(monkeypatch):
     monkeypatch.setattr(at_, '_least_steps', 2)
 
 class Cut(Callback):
-    "An interrupt at training batch `at` of the whole fit: what it counts, the file brings back"
+    "An interrupt at training batch `at` of the whole fit; the file restores its counter"
     order = 58
     def __init__(self, at): self.at,self.n = at,0
     def before_batch(self):
@@ -49,7 +49,7 @@ def other(path, **kwargs):
     return learn
 
 def state(learn):
-    "All that is to be equal"
+    "Everything that must be equal"
     rec,o = learn.recorder,learn.opt.state_dict()
     own = dict(weights=weights(learn), flags=flags(learn), frozen=learn.opt.frozen_idx, moments=list(o['state']), hypers=list(o['hypers']))
     history = dict(rows=[list(v) for v in rec.values], lrs=rec.lrs, losses=rec.losses, iters=rec.iters, hps=vars(rec).get('hps'))
@@ -67,14 +67,14 @@ def equal(a, b, at=''):
 
 @lru_cache
 def whole(name, images):
-    "The end of fit `name` that nobody stopped"
+    "The end of the uninterrupted fit `name`"
     learn = first(images)
     fits[name](learn)
     return state(learn)
 
 @pytest.mark.parametrize('name,cuts', [('one_cycle',(0,6)), ('lp_ft',(5,17)), ('gradual',(9,)), ('auto',(2,14,18))])
 def test_cut_off_at_some_batch(name, cuts, bright, tmp_path):
-    "Cut off several times, each time going on in a new learner"
+    "Interrupt several times, and continue in a new learner each time"
     end,k = whole(name, bright),4
     for i,c in enumerate(cuts):
         learn = (other if i else first)(bright)
@@ -87,7 +87,7 @@ def test_cut_off_at_some_batch(name, cuts, bright, tmp_path):
     assert sorted(o.name for o in tmp_path.iterdir())==['fit.pt'] and '_do_fit' not in vars(learn)
 
 def cut(path, fname, at, fit=fits['one_cycle'], cbs=(), make=first, **kwargs):
-    "A learner whose fit was cut off at batch `at`"
+    "A learner whose fit was interrupted at batch `at`"
     learn = make(path, **kwargs)
     with pytest.raises(KeyboardInterrupt): fit(learn, resume=fname, cbs=[*cbs, Cut(at)])
     return learn
@@ -103,7 +103,7 @@ def test_what_is_complete_is_not_trained_again(bright, tmp_path):
         return middle,state(learn),learn
     a,b,_ = twice(first)
     (tmp_path/'b.pt').unlink()
-    with pytest.warns(UserWarning, match='complete after 4 epochs: nothing is trained'): c,d,learn = twice(other)
+    with pytest.warns(UserWarning, match='complete after 4 epochs. Nothing is trained'): c,d,learn = twice(other)
     equal(a, c)
     equal(b, d)
     assert [p.name for p in learn.auto_evidence.points]==['head','end','average','halfway']
@@ -119,7 +119,7 @@ def test_an_early_end_is_an_end(bright, tmp_path):
     equal(was, state(again))
 
 def test_cut_off_between_the_last_epoch_and_the_end(bright, tmp_path):
-    "The choice of a point begins anew"
+    "The choice of a point starts again"
     class Late(Callback):
         order = 1
         def after_fit(self): raise KeyboardInterrupt
@@ -250,7 +250,7 @@ def test_other_fits_are_refused(bright, tmp_path):
     with pytest.raises(ResumeError, match='frozen groups is 0 there and'): fits['one_cycle'](learn, resume=fname)
 
 def test_what_is_no_file_of_a_fit(bright, tmp_path):
-    "It stays as it is: it may be somebody's model"
+    "It is not changed, since it may be a user's model"
     learn,fname = first(bright, path=tmp_path),tmp_path/'fit.pt'
     cut(bright, fname, 5)
     whole = fname.read_bytes()
@@ -259,7 +259,7 @@ def test_what_is_no_file_of_a_fit(bright, tmp_path):
     learn.save('model')
     (tmp_path/'folder').mkdir()
     torch.save(Path, tmp_path/'code.pt')
-    for name,text in {'half.pt':'damaged', 'empty.pt':'damaged', 'code.pt':'cannot be read', 'models/model.pth':'something else wrote it', 'folder':'is a folder'}.items():
+    for name,text in {'half.pt':'damaged', 'empty.pt':'damaged', 'code.pt':'cannot be read', 'models/model.pth':'another program wrote it', 'folder':'is a folder'}.items():
         was,held = snapshot(learn),(tmp_path/name).is_file() and (tmp_path/name).read_bytes()
         with pytest.raises(ResumeError, match=text): fits['lp_ft'](learn, resume=tmp_path/name)
         unchanged(learn, was)
@@ -269,7 +269,7 @@ def test_the_number_of_an_epoch_is_not_enough_for_auto(dls):
     learn = ours(dls)
     was = snapshot(learn)
     with pytest.raises(StrategyError, match="resume='file'"): learn.fit_strategy('auto', 3, start_epoch=4)
-    with pytest.raises(StrategyError, match='no list of phases'): learn.fit_strategy('fastai', 3, resume='fit.pt')
+    with pytest.raises(StrategyError, match='not a list of phases'): learn.fit_strategy('fastai', 3, resume='fit.pt')
     unchanged(learn, was)
 
 def test_data_that_moved_are_the_same_data(bright, tmp_path):
@@ -289,7 +289,7 @@ def test_a_write_that_fails_leaves_the_file_and_the_fit_as_they_are(bright, tmp_
     cut(bright, fname, 5)
     held = fname.read_bytes()
     learn = other(bright)
-    with monkeypatch.context() as m, pytest.warns(UserWarning, match='No space left.*goes on, and the file is as it was'):
+    with monkeypatch.context() as m, pytest.warns(UserWarning, match='No space left.*continues, and the file is unchanged'):
         m.setattr(torch, 'save', full)
         fits['one_cycle'](learn, resume=fname)
     assert fname.read_bytes()==held and [o.name for o in tmp_path.iterdir()]==['fit.pt']

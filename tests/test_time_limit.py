@@ -1,4 +1,4 @@
-"A fit ends in time, with what it has come to"
+"A fit ends in time, with the best weights so far"
 import time
 
 import pytest,torch

@@ -1,4 +1,4 @@
-"Our parts with everybody else's: each pair trains as it should, or is refused with its reason"
+"Our parts with those of fastai and others: each pair trains as it should, or is refused with a reason"
 import warnings
 from functools import partial
 
@@ -49,7 +49,7 @@ class Freezes(Callback):
         self.bad += [n for n,p in self.was.items() if n in now and not torch.equal(p, now[n])]
 
 def check(learn, fit, cbs=(), body=True):
-    "Fit, and look at what must be so whatever else took part"
+    "Fit, and check what must be true in any combination"
     before,spy,own = weights(learn),Freezes(),[id(vars(m).get('forward')) for m in learn.model.modules()]
     fits[fit](learn, [spy, *cbs])
     moved,n = {clean_name(k) for k in changed(learn, before)},len(learn.recorder.values)
@@ -135,7 +135,7 @@ def test_processes_that_load(bright, fit):
 
 @pytest.mark.parametrize('fit', fits)
 def test_compiled(dls, fit):
-    "The backend runs the graphs as they are: a thaw must make new ones"
+    "The backend runs the graphs unchanged: unfreezing must make new ones"
     torch._dynamo.reset()
     learn = pre_ours(dls)
     learn.model = torch.compile(learn.model, backend='eager')

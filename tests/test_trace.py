@@ -1,4 +1,4 @@
-"Trace: the order is the true one on nets whose order is known, and the model, its gradients and all random states are left as they were"
+"Trace: the order is right on networks with a known order, and the model, its gradients and all random states are unchanged"
 import gc,random,weakref
 from collections import OrderedDict,namedtuple
 

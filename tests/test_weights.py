@@ -1,4 +1,4 @@
-"Checkpoints from files: those that load, and those that are refused by name"
+"Checkpoints from files: some load, and others are refused by name"
 import warnings
 
 import pytest,timm,torch

@@ -19,7 +19,7 @@ stored = {r['arch']:r for r in read_data('zoo.csv')}
 same_versions = f'timm {timm.__version__},' in read_data('zoo.csv', head=True)
 
 def _kind(name):
-    "What an architecture is the smallest of: its module of timm, or its family"
+    "The group of which an architecture is the smallest: its timm module or its family"
     what = all_architectures()[name]
     return (timm.model_entrypoint(what) if isinstance(what, str) else what).__module__
 
@@ -67,14 +67,14 @@ def quiet_timm():
     log.setLevel(was)
 
 def test_zoo(arch):
-    "All checks hold, but for those of the table of exceptions, which have to fail; and the table of coverage says what is"
+    "All checks pass, except those in the table of exceptions, which must fail; the coverage table is right"
     row,bad = prove(arch)
     known = zoo_exceptions(arch)
     assert bad.keys()==known.keys(), [f"{k}: {bad.get(k, 'passes, and is excepted needlessly')}" for k in bad.keys()^known.keys()]
     if same_versions: assert row==stored.get(arch), 'data/zoo.csv is stale: run `python tools/make_zoo.py`'
 
 def test_real_steps(small):
-    "Forward, backward, optimiser step after split, freeze, freeze_to(-2), unfreeze: what trains moves, what is frozen does not, norms follow `train_norm`"
+    "Forward, backward, optimiser step after split, freeze, freeze_to(-2), unfreeze: trainable parameters change, frozen ones do not, norm layers follow `train_norm`"
     splitter_checks(all_architectures()[small])['training']()
 
 def test_smallest_are_of_every_kind():
@@ -82,7 +82,7 @@ def test_smallest_are_of_every_kind():
     assert {stored[n]['family'] for n in smallest()}=={r['family'] for n,r in stored.items() if n in all_architectures() and r['rule']!='none'}
 
 def test_families_serve_their_architectures():
-    "A registered family that left a parameter out would quietly fall back on another rule"
+    "A registered family that leaves a parameter out would silently use another rule"
     assert [n for n,r in stored.items() if n in all_architectures() and r['rule'] not in ('registered','none') and find_family(all_architectures()[n]).registered]==[]
 
 def test_exceptions_name_architectures():
@@ -91,7 +91,7 @@ def test_exceptions_name_architectures():
     assert all(len(r['reason'])>20 for r in read_data('exceptions.csv'))
 
 def test_nothing_was_left_out(request):
-    "Each process of pytest-xdist collects all tests, and each test of the zoo passes only if all checks hold or are excepted"
+    "Each process of pytest-xdist collects all tests, and each test of the zoo passes only if all checks pass or are excepted"
     opt = request.config.option
     if opt.keyword or opt.markexpr or any('::' in o for o in request.config.args): pytest.skip('a part of the zoo was chosen on the command line')
     ours = [o.callspec.params for o in request.session.items if o.path==request.path and hasattr(o, 'callspec')]

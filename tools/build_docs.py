@@ -81,7 +81,7 @@ def readme_md(
     return '<!-- Generated from nbs/index.ipynb by tools/build_docs.py -->\n\n' + _re_page.sub(_link, md)
 
 def _offline(docs):
-    "Let the site need no other host: the system's fonts serve; what else would be fetched is named"
+    "Make the site independent of other hosts: it uses the system's fonts, and lists anything else that would be fetched"
     for p in docs.rglob('*.css'): p.write_text(_re_font.sub('', p.read_text()))
     return [f'{p.relative_to(docs)} fetches {m}' for p in docs.rglob('*.html') for m in _remote.findall(p.read_text()) if 'rel="canonical"' not in m]
 

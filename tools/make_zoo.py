@@ -1,4 +1,4 @@
-"""Prove every architecture anew and write `fastai_discriminative/data/zoo.csv`, from which the coverage page and `fastai-discriminative families` are made
+"""Check every architecture again and write `fastai_discriminative/data/zoo.csv`, from which the coverage page and `fastai-discriminative families` are made
 
     python tools/make_zoo.py [--processes 2] [--only FAMILY]
 

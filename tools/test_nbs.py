@@ -1,4 +1,4 @@
-"""Run every notebook in a process of its own: notebooks define anew what the package patches into `Learner`, and the next notebook must not meet it
+"""Run every notebook in its own process: notebooks redefine what the package patches into `Learner`, and the next notebook must not see that
 
 `nbdev-test` gives several notebooks to one process, in which order chance decides which of them see the patches of which.
 The processes are forked from one that has imported fastai, so that no notebook waits for that. What this package patches is not there yet.

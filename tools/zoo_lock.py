@@ -1,4 +1,4 @@
-"""What the proof of the zoo stands on, as a hash: the code that decides groups, and the versions whose models were proved
+"""A hash of everything that the zoo's proof depends on: the code that decides groups, and the versions of the checked models
 
     python tools/zoo_lock.py     # exit status 0 if `tools/zoo.lock` is of this code and these versions
 
