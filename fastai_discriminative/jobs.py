@@ -32,6 +32,7 @@ from .auto import *
 from .preflight import *
 from .html_report import *
 from .compare import *
+from .image_table import *
 from .demo import *
 from .predict import *
 
@@ -210,6 +211,7 @@ def _describe(job):
     learn = job.ours()
     n = [len(learn.dls.train_ds), len(learn.dls.valid_ds)]
     print(f"{job.images.path.name}: {len(learn.dls.vocab)} classes, {n[0]} images to train on, {n[1]} to validate, {job.size} px, batch {learn.dls.bs}")
+    if job.images.source: print(f"Labels: {job.images.source}" + (f", {len(set(job.images.groups))} groups of {job.a.group_col!r} kept whole" if job.images.groups else ''))
     learn.unfreeze()
     print(learn.layer_groups)
     look = learn.preflight(job.a.epochs, job.strategy)
@@ -307,7 +309,8 @@ def run_demo(
 
 def _folder_job(a):
     arch_family(a.arch)
-    return _Job(a, folder_images(a.folder), a.arch, a.weights_file, not a.from_scratch)
+    images = folder_images(a.folder, label_col=a.label_col, id_col=a.id_col, group_col=a.group_col)
+    return _Job(a, images, a.arch, a.weights_file, not a.from_scratch)
 
 def run_finetune(
     a # Arguments of `finetune`
@@ -356,9 +359,8 @@ def run_compare(
 def _sample(a):
     "The sample submission to follow, or `None`"
     if a.like: return Path(a.like).expanduser()
-    path = Path(a.images).expanduser()
-    sample = (path if path.is_dir() else path.parent)/'sample_submission.csv'
-    return sample if sample.is_file() else None
+    path = Path(a.images).expanduser().absolute()
+    return next((o for o in (path/'sample_submission.csv', path.parent/'sample_submission.csv') if o.is_file()), None)
 
 def run_predict(
     a # Arguments of `predict`
@@ -374,4 +376,5 @@ def run_predict(
         counts = pd.Series(p.labels).value_counts() if p.classes else pd.Series(dtype=int)
         if len(counts): print(text_table(('label','images'), counts.head(20).items()))
         print(f"Wrote {len(p.labels)} predictions to {csv}" + (f", in the shape of {like.name}." if like else '.'))
+        if len(p.classes or ())==2 and a.positive is None and like and not {*p.classes}&{*read_table(like)}: print(f"These are labels. For the probability of one class, add --positive {p.classes[1]}.")
         rec.update(_record(a, start, csv=str(csv), n_images=len(p.labels), labels={k:int(v) for k,v in counts.items()}))
