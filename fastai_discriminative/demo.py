@@ -11,7 +11,7 @@ __all__ = ['clipart_path', 'elpv_path', 'lite0_weights', 'demo_dls', 'TimedRun',
            'readable_images', 'split_dirs']
 
 # %% ../nbs/14_demo.ipynb #985087fa
-import hashlib,os,random,shutil,tempfile,warnings,zipfile
+import hashlib,os,random,shutil,tempfile,zipfile
 from dataclasses import dataclass,replace
 from importlib.resources import files
 from importlib.util import find_spec

@@ -159,7 +159,8 @@ def folder_images(
     ok = readable_images([o[0] for o in rows]) if verify else [True]*len(rows)
     good,bad = [o for o,k in zip(rows, ok) if k],[o[0] for o,k in zip(rows, ok) if not k]
     files,labels,is_valid,groups = map(list, zip(*good)) if good else ([],[],[],[])
-    res = FolderImages(path.parent if path.is_file() else path, files, labels, is_valid if is_valid and is_valid[0] is not None else None, bad, groups if group_col else None, source)
+    if None in is_valid: is_valid = None
+    res = FolderImages(path.parent if path.is_file() else path, files, labels, is_valid or None, bad, groups if group_col else None, source)
     _warn_unreadable(bad)
     _check_images(res)
     return res

@@ -10,7 +10,6 @@ __all__ = ['read_table', 'names_of_files', 'check_column', 'name_column', 'label
 
 # %% ../nbs/13a_image_table.ipynb #c80d2543
 import re
-from pathlib import Path
 
 import pandas as pd
 

@@ -1,6 +1,5 @@
 "Labels in a table, as competitions have them: what is found without being told, and one sentence for each thing that is wrong"
-import random,shutil
-from pathlib import Path
+import random
 
 import pandas as pd,pytest
 from PIL import Image
