@@ -29,6 +29,7 @@ Modules:
 - `fastai_discriminative.groups`: A model's layers, named, in execution order, gathered into as many groups as you ask for
 - `fastai_discriminative.holding`: Callbacks that take something of a learner while it trains, and give it back however the fit ends
 - `fastai_discriminative.html_report`: One file that tells what a fine-tune was: groups, rates, history, evidence, environment, and the code to repeat it
+- `fastai_discriminative.image_folder`: Your own images and their labels: folders of classes or a table, what is refused and why, and a fair deal into parts
 - `fastai_discriminative.image_table`: Which column of a table names the images, and which holds their labels
 - `fastai_discriminative.jobs`: What the commands do: train once, with several seeds, in folds or by several strategies, and predict; and what they leave behind
 - `fastai_discriminative.keys`: What kept features depend on, in a form that can be compared
