@@ -66,19 +66,6 @@ def _size_args(arch, size):
     if size is None: size = native if cfg and cfg.fixed_input_size else min(native, 224)
     return size,(dict(img_size=size) if cfg and cfg.fixed_input_size and size!=native else {})
 
-# %% ../nbs/14b_jobs.ipynb #d4f77914
-@contextmanager
-def _offline_hint(arch):
-    "Turn a download that fails into a `WeightsError` that says what to do"
-    try: yield
-    except Exception as e:
-        if isinstance(e, DiscriminativeError): raise
-        hub = isinstance(e, OSError) or type(e).__module__.startswith(('huggingface_hub','httpx','requests','urllib'))
-        if not (hub or 'No pretrained weights' in str(e)): raise
-        why = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        raise WeightsError(f"The pretrained weights of {arch!r} could not be fetched ({why}). Pass a local checkpoint with --weights-file, "
-            "or --from-scratch to start from random weights.") from e
-
 # %% ../nbs/14b_jobs.ipynb #b6b8d2ce
 class _Job:
     "Images, architecture and settings of one command"
@@ -93,9 +80,8 @@ class _Job:
     def dls(self): return demo_dls(self.images, self.a.n_train, self.size, self.a.bs, self.a.seed, self.a.valid_pct, self.n_workers)
 
     def ours(self):
-        with _offline_hint(self.arch):
-            return discriminative_learner(self.dls(), self.arch, self.a.n_groups, self.preset, self.weights_file,
-                pretrained=self.pretrained, metrics=accuracy, **self.timm_args)
+        return discriminative_learner(self.dls(), self.arch, self.a.n_groups, self.preset, self.weights_file,
+            pretrained=self.pretrained, metrics=accuracy, **self.timm_args)
 
     def stock(self):
         file = {} if self.weights_file is None else dict(pretrained_cfg_overlay=dict(file=str(self.weights_file)))
@@ -262,12 +248,12 @@ def _train(job, compare, out, rec, start):
 def _fold_learners(job, folds, out, runs):
     "Train a learner on each of `folds`, save it, and yield it"
     for i,f in enumerate(folds, 1):
-        if job.stopped: return
+        if job.stopped=='by Ctrl-C': return
         part = copy(job)
-        part.images = f
+        part.images,part.limit = f,job.limit and job.limit.share(len(folds)-i+1)
         print(f'\nFold {i} of {len(folds)}', end='')
         done = _run(part, 'ours', job.a.seed)
-        job.stopped = part.stopped
+        if part.stopped: job.stopped = part.stopped if part.stopped=='by Ctrl-C' else f'after {job.limit.minutes:g} minutes, dealt out to {len(folds)} folds'
         for learn,r in done:
             runs.append(replace(r, how=f'{r.how}, fold {i}'))
             with _writing(out): export_learner(learn, out/f'learner-fold{i}.pkl')

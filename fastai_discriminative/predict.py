@@ -80,7 +80,9 @@ def _learner_files(learners):
 def _learner(o):
     "The learner `o`, from its file if need be"
     if isinstance(o, Learner): return o
-    if not o.is_file(): raise DataError(f"No learner {str(o)!r}.{near_matches(o.name, [p.name for p in o.parent.glob('*.pkl')]) if o.parent.is_dir() else ''}")
+    if not o.is_file():
+        near = near_matches(o.name, [p.name for p in o.parent.iterdir() if p.is_dir() or p.suffix=='.pkl']) if o.parent.is_dir() else ''
+        raise DataError(f"No learner {str(o)!r}.{near} Name a file that `learn.export` wrote, or the folder that `finetune` made.")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that pickles are to be trusted: the user named this one
         try: res = load_learner(o, cpu=not torch.cuda.is_available())
@@ -183,7 +185,7 @@ def _columns(p, like, key, positive):
         raise DataError(f"The sample's columns {list_some(odd)} are neither one label nor classes.{near_matches(odd[0], classes) if odd else ''} The classes are {list_some(classes, 12)}.")
     if positive is not None: return {cols[0]:p.preds[:,classes.index(positive)]}
     if not pd.to_numeric(like[cols[0]], errors='coerce').isna().any() and not set(like[cols[0]])<=set(classes):
-        raise DataError(f"The sample has numbers in its column {cols[0]!r}, and the classes are {list_some(classes, 12)}. Say whose probability is meant: `positive={classes[-1]!r}`.")
+        raise DataError(f"The sample has numbers in its column {cols[0]!r}, and the classes are {list_some(classes, 12)}. Say whose probability is meant: `positive={classes[-1]!r}` (--positive {classes[-1]}).")
     return {cols[0]:p.labels}
 
 # %% ../nbs/14a_predict.ipynb #3d761ae3

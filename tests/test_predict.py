@@ -120,7 +120,7 @@ def test_labels_and_probabilities(learn, root):
     assert list(t.columns)==['id','food','flags'] and np.allclose(t[['flags','food']].values.astype(float), p.preds[:2])
     assert np.allclose(p.table(pd.DataFrame(dict(id=p.images.ids[:2], target=.5)), positive='food').target.astype(float), p.preds[:2,1])
 
-@pytest.mark.parametrize('cols,kw,msg', [(dict(food=1,flag=1),{},"Did you mean 'flags'"), (dict(target=.5),{},'positive='), (dict(target=.5),dict(positive='fod'),"Did you mean 'food'")])
+@pytest.mark.parametrize('cols,kw,msg', [(dict(food=1,flag=1),{},"Did you mean 'flags'"), (dict(target=.5),{},r"`positive='food'` \(--positive food\)"), (dict(target=.5),dict(positive='fod'),"Did you mean 'food'")])
 def test_a_sample_that_does_not_fit(cols, kw, msg, learn, root):
     p = predict_images(learn, root)
     _fails(msg, p.table, pd.DataFrame(dict(id=p.images.ids[:2], **cols)), **kw)
@@ -199,3 +199,7 @@ def test_from_a_table_to_a_submission_in_python(root, tmp_path):
     out = predict_images(tmp_path/'learner.pkl', tmp_path).save(tmp_path/'s.csv', like=tmp_path/'sample_submission.csv')
     df = pd.read_csv(out)
     assert list(df)==['id','kind'] and len(df)==5 and set(df.kind)<={'flags','food'}
+
+def test_a_learner_that_is_not_there_has_near_matches(root, tmp_path):
+    (tmp_path/'discriminative-birds').mkdir()
+    _fails("No learner .*discriminative-bird'. Did you mean 'discriminative-birds'\\? Name a file .* or the folder that `finetune` made", predict_images, tmp_path/'discriminative-bird', root)
