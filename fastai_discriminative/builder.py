@@ -10,6 +10,7 @@ __all__ = ['discriminative_learner', 'load_pretrained']
 
 # %% ../nbs/06a_builder.ipynb #a658d346
 import inspect
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastai.basics import *
@@ -44,6 +45,19 @@ def _create_cut_model(arch, n_out, pretrained, weights, cut, n_in, head_args, ar
 
 def _takes(f): return set(inspect.signature(f).parameters)
 
+# %% ../nbs/06a_builder.ipynb #5dfa97a0
+@contextmanager
+def _downloads(arch):
+    "Turn a download that fails into a `WeightsError` that says what to do"
+    try: yield
+    except Exception as e:
+        hub = isinstance(e, OSError) or type(e).__module__.startswith(('huggingface_hub','httpx','requests','urllib'))
+        if isinstance(e, DiscriminativeError) or not (hub or 'No pretrained weights' in str(e)): raise
+        why = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        instead = ("Pass a local checkpoint with `weights_file` (--weights-file), or start from random weights with `pretrained=False` (--from-scratch)." if isinstance(arch, str)
+            else "Start from random weights with `pretrained=False`, and load a checkpoint with `load_pretrained(learn.model, file)`.")
+        raise WeightsError(f"The pretrained weights of {getattr(arch, '__name__', arch)!r} could not be fetched ({why}). {instead}") from e
+
 # %% ../nbs/06a_builder.ipynb #1b91c03c
 @delegates(vision_learner, but=['opt_func','train_bn','splitter'])
 def discriminative_learner(
@@ -66,10 +80,10 @@ def discriminative_learner(
     if not n_out: raise SplitterError("The number of classes could not be found in the data. Set `dls.c`, or pass `n_out`.")
     loaded = pretrained or weights_file is not None or kwargs.get('weights') is not None
     if isinstance(arch, str) or is_uncut(arch, kwargs) or kwargs.get('cut') is not None:
-        learn,norm = _own_learner(dls, arch, weights_file, opt_func, n_out, pretrained or weights_file is not None, kwargs)
+        with _downloads(arch): learn,norm = _own_learner(dls, arch, weights_file, opt_func, n_out, pretrained or weights_file is not None, kwargs)
     else:
         _check_cut(arch, kwargs)
-        learn = vision_learner(dls, arch, normalize=False, n_out=n_out, pretrained=pretrained, opt_func=opt_func, **kwargs)
+        with _downloads(arch): learn = vision_learner(dls, arch, normalize=False, n_out=n_out, pretrained=pretrained, opt_func=opt_func, **kwargs)
         norm = partial(_add_norm, dls, model_meta.get(arch, _default_meta), pretrained, kwargs.get('n_in', 3))
     learn.pretrained = loaded
     learn.split(n_groups, preset, ('affine' if loaded else 'group') if train_norm is None else train_norm)

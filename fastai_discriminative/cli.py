@@ -115,7 +115,10 @@ def _add_strategy(p):
 
 def _add_folder(p):
     "Images and weights of one's own"
-    p.add_argument('folder', type=_path, metavar='FOLDER', help='folder with one sub-folder of images for each class')
+    p.add_argument('folder', type=_path, metavar='FOLDER', help='folder with one sub-folder of images for each class, or with train.csv beside images; or such a table')
+    p.add_argument('--label-col', metavar='COL', help='column of the table that holds the labels (default: found by what test.csv and sample_submission.csv have)')
+    p.add_argument('--id-col', metavar='COL', help='column of the table that names the images (default: found by comparing with the files)')
+    p.add_argument('--group-col', metavar='COL', help='column that tells which images belong together, such as a patient: no group is both trained on and validated on')
     p.add_argument('--arch', required=True, metavar='NAME', help='timm architecture, such as convnext_tiny.fb_in22k')
     w = p.add_mutually_exclusive_group()
     w.add_argument('--weights-file', type=_path, metavar='F', help='local checkpoint (.safetensors or .pth) in place of a download')
@@ -123,7 +126,7 @@ def _add_folder(p):
     p.add_argument('--workers', type=_procs, default=0, help='processes that load images (default: %(default)s)')
 
 # %% ../nbs/15_cli.ipynb #3df55563
-_layout = 'FOLDER/CLASS/image.jpg, or FOLDER/train and FOLDER/valid with such folders'
+_layout = 'FOLDER/CLASS/image.jpg, FOLDER/train and FOLDER/valid with such folders, or FOLDER/train.csv with images in FOLDER/train, FOLDER/train_images or FOLDER/images'
 
 def _add_finetune(p):
     _add_folder(p)

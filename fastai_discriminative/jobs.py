@@ -32,6 +32,7 @@ from .auto import *
 from .preflight import *
 from .html_report import *
 from .compare import *
+from .image_table import *
 from .demo import *
 from .predict import *
 
@@ -65,19 +66,6 @@ def _size_args(arch, size):
     if size is None: size = native if cfg and cfg.fixed_input_size else min(native, 224)
     return size,(dict(img_size=size) if cfg and cfg.fixed_input_size and size!=native else {})
 
-# %% ../nbs/14b_jobs.ipynb #d4f77914
-@contextmanager
-def _offline_hint(arch):
-    "Turn a download that fails into a `WeightsError` that says what to do"
-    try: yield
-    except Exception as e:
-        if isinstance(e, DiscriminativeError): raise
-        hub = isinstance(e, OSError) or type(e).__module__.startswith(('huggingface_hub','httpx','requests','urllib'))
-        if not (hub or 'No pretrained weights' in str(e)): raise
-        why = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        raise WeightsError(f"The pretrained weights of {arch!r} could not be fetched ({why}). Pass a local checkpoint with --weights-file, "
-            "or --from-scratch to start from random weights.") from e
-
 # %% ../nbs/14b_jobs.ipynb #b6b8d2ce
 class _Job:
     "Images, architecture and settings of one command"
@@ -92,9 +80,8 @@ class _Job:
     def dls(self): return demo_dls(self.images, self.a.n_train, self.size, self.a.bs, self.a.seed, self.a.valid_pct, self.n_workers)
 
     def ours(self):
-        with _offline_hint(self.arch):
-            return discriminative_learner(self.dls(), self.arch, self.a.n_groups, self.preset, self.weights_file,
-                pretrained=self.pretrained, metrics=accuracy, **self.timm_args)
+        return discriminative_learner(self.dls(), self.arch, self.a.n_groups, self.preset, self.weights_file,
+            pretrained=self.pretrained, metrics=accuracy, **self.timm_args)
 
     def stock(self):
         file = {} if self.weights_file is None else dict(pretrained_cfg_overlay=dict(file=str(self.weights_file)))
@@ -210,6 +197,7 @@ def _describe(job):
     learn = job.ours()
     n = [len(learn.dls.train_ds), len(learn.dls.valid_ds)]
     print(f"{job.images.path.name}: {len(learn.dls.vocab)} classes, {n[0]} images to train on, {n[1]} to validate, {job.size} px, batch {learn.dls.bs}")
+    if job.images.source: print(f"Labels: {job.images.source}" + (f", {len(set(job.images.groups))} groups of {job.a.group_col!r} kept whole" if job.images.groups else ''))
     learn.unfreeze()
     print(learn.layer_groups)
     look = learn.preflight(job.a.epochs, job.strategy)
@@ -260,12 +248,12 @@ def _train(job, compare, out, rec, start):
 def _fold_learners(job, folds, out, runs):
     "Train a learner on each of `folds`, save it, and yield it"
     for i,f in enumerate(folds, 1):
-        if job.stopped: return
+        if job.stopped=='by Ctrl-C': return
         part = copy(job)
-        part.images = f
+        part.images,part.limit = f,job.limit and job.limit.share(len(folds)-i+1)
         print(f'\nFold {i} of {len(folds)}', end='')
         done = _run(part, 'ours', job.a.seed)
-        job.stopped = part.stopped
+        if part.stopped: job.stopped = part.stopped if part.stopped=='by Ctrl-C' else f'after {job.limit.minutes:g} minutes, dealt out to {len(folds)} folds'
         for learn,r in done:
             runs.append(replace(r, how=f'{r.how}, fold {i}'))
             with _writing(out): export_learner(learn, out/f'learner-fold{i}.pkl')
@@ -307,7 +295,8 @@ def run_demo(
 
 def _folder_job(a):
     arch_family(a.arch)
-    return _Job(a, folder_images(a.folder), a.arch, a.weights_file, not a.from_scratch)
+    images = folder_images(a.folder, label_col=a.label_col, id_col=a.id_col, group_col=a.group_col)
+    return _Job(a, images, a.arch, a.weights_file, not a.from_scratch)
 
 def run_finetune(
     a # Arguments of `finetune`
@@ -356,9 +345,8 @@ def run_compare(
 def _sample(a):
     "The sample submission to follow, or `None`"
     if a.like: return Path(a.like).expanduser()
-    path = Path(a.images).expanduser()
-    sample = (path if path.is_dir() else path.parent)/'sample_submission.csv'
-    return sample if sample.is_file() else None
+    path = Path(a.images).expanduser().absolute()
+    return next((o for o in (path/'sample_submission.csv', path.parent/'sample_submission.csv') if o.is_file()), None)
 
 def run_predict(
     a # Arguments of `predict`
@@ -374,4 +362,5 @@ def run_predict(
         counts = pd.Series(p.labels).value_counts() if p.classes else pd.Series(dtype=int)
         if len(counts): print(text_table(('label','images'), counts.head(20).items()))
         print(f"Wrote {len(p.labels)} predictions to {csv}" + (f", in the shape of {like.name}." if like else '.'))
+        if len(p.classes or ())==2 and a.positive is None and like and not {*p.classes}&{*read_table(like)}: print(f"These are labels. For the probability of one class, add --positive {p.classes[1]}.")
         rec.update(_record(a, start, csv=str(csv), n_images=len(p.labels), labels={k:int(v) for k,v in counts.items()}))

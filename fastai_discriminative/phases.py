@@ -183,6 +183,11 @@ def _is_again(f, old):
     mods = {f.__module__,old.__module__}
     return f.__qualname__==old.__qualname__ and (len(mods)==1 or '__main__' in mods)
 
+def _check_takes(f):
+    "Raise `StrategyError` unless `f` can be called as a strategy is"
+    try: inspect.signature(f).bind(1, None, None)
+    except TypeError as e: raise StrategyError(f"A strategy is a function of `(n_epoch, preset, groups)` that returns a list of `Phase`, and {getattr(f, '__name__', f)!r} cannot be called so: {e}.") from e
+
 def register_strategy(
     name:str, # For `fit_strategy` and `compare_strategies`
     source:str='', # Where it comes from
@@ -190,7 +195,9 @@ def register_strategy(
     fit:Callable|None=None # For a strategy that is not a list of phases: a function of `(learner, n_epoch, **kwargs)`
 )->Callable: # A decorator for a function of `(n_epoch, preset, groups)`, whose docstring says when to use it
     "Register a function that returns phases as a strategy; raises `StrategyError` if another function has this name"
+    if not isinstance(name, str): raise StrategyError("`register_strategy` takes a name first: `@register_strategy('my_way')`.")
     def _f(f):
+        if fit is None: _check_takes(f)
         old = _strategies.get(name)
         if old is not None and not _is_again(f, old.phases): raise StrategyError(f"The strategy {name!r} already exists. Choose another name.")
         _strategies[name] = Strategy(name, f, inspect.getdoc(f) or '', source, keep_best, fit)

@@ -19,7 +19,8 @@ from fastai.vision.all import *
 from .core import *
 from .files import *
 from .explain import *
-from .demo import *
+from .image_table import *
+from .image_folder import *
 
 # %% ../nbs/14a_predict.ipynb #103952de
 @dataclass(repr=False)
@@ -28,38 +29,25 @@ class UnseenImages:
     files:list # A path each
     ids:list # The name of each in the answer
     column:str='file' # Heading of the names
+    rows:pd.DataFrame|None=None # The table that names them
     def __len__(self): return len(self.files)
     def __repr__(self): return f"{len(self)} images, called by {self.column!r}: {list_some(self.ids, 2)}"
 
-def _called(files, root):
-    "File by each name that it may have: its path below `root`, its file name, and both without suffix; `None` where two files share it"
-    res = {}
-    for f in files:
-        path = f.relative_to(root)
-        for n in {path.as_posix(), path.with_suffix('').as_posix(), f.name, f.stem}: res[n] = None if n in res else f
-    return res
-
 # %% ../nbs/14a_predict.ipynb #e70c84e2
 def _unlabelled(path):
-    "Images in the folder `path`, but for those under `train` and `valid`"
-    labelled = [d for d,v in split_dirs(path) if v is not None or d!=path]
+    "Images in the folder `path`, but for those under `train`, `train_images` and `valid`"
+    labelled = [path/'train_images'] + [d for d,v in split_dirs(path) if v is not None or d!=path]
     return [f for f in images_under(path) if not any(d in f.parents for d in labelled)]
 
-def _read_csv(path):
-    "The table at `path`, all cells as text"
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError,ValueError) as e: raise DataError(f"{str(path)!r} cannot be read as a table: {' '.join(str(e).split())[:200]}") from e
-    if len(df): return df
-    raise DataError(f"{str(path)!r} has no rows.")
+_places = 'test','test_images','images' # where the images to predict may be
 
 def _of_table(path):
     "The images beside the table at `path` that one of its columns names"
-    df,called = _read_csv(path),_called(_unlabelled(path.parent), path.parent)
-    gone = {c:[o for o in df[c] if called.get(o) is None] for c in df}
-    c = min(gone, key=lambda c: len(gone[c]))
-    if not gone[c]: return UnseenImages([called[o] for o in df[c]], list(df[c]), c)
-    what = 'stands for several files' if gone[c][0] in called else 'is no image'
-    raise DataError(f"Column {c!r} of {str(path)!r} names {len(gone[c])} of {len(df)} images that are not to be found: {gone[c][0]!r} {what} under {path.parent}.{near_matches(gone[c][0], called)}")
+    df,root = read_table(path),path.parent
+    place = place_of(root, _places)
+    names = names_of_files(_unlabelled(place), root)
+    c = name_column(df, names, path, place)
+    return UnseenImages([names[o] for o in df[c]], list(df[c]), c, df)
 
 # %% ../nbs/14a_predict.ipynb #8b11d699
 def find_images(
@@ -73,9 +61,9 @@ def find_images(
     if not path.is_dir(): raise DataError(f"{path} is {'neither a folder nor a table (`.csv`)' if path.exists() else 'not there'}. Name a folder of images, or a table of their names.")
     table = next((path/o for o in ('test.csv','sample_submission.csv') if (path/o).is_file()), None)
     if table: return _of_table(table)
-    root = next((path/o for o in ('test','test_images') if (path/o).is_dir()), path)
+    root = place_of(path, _places[:2])
     files = _unlabelled(root)
-    if not files: raise DataError(f"No images to predict in {path}, outside of its folders `train` and `valid`.")
+    if not files: raise DataError(f"No images to predict in {path}, outside of its folders `train`, `train_images` and `valid`.")
     return UnseenImages(files, [f.relative_to(root).as_posix() for f in files])
 
 # %% ../nbs/14a_predict.ipynb #78ddd460
@@ -93,7 +81,9 @@ def _learner_files(learners):
 def _learner(o):
     "The learner `o`, from its file if need be"
     if isinstance(o, Learner): return o
-    if not o.is_file(): raise DataError(f"No learner {str(o)!r}.{near_matches(o.name, [p.name for p in o.parent.glob('*.pkl')]) if o.parent.is_dir() else ''}")
+    if not o.is_file():
+        near = near_matches(o.name, [p.name for p in o.parent.iterdir() if p.is_dir() or p.suffix=='.pkl']) if o.parent.is_dir() else ''
+        raise DataError(f"No learner {str(o)!r}.{near} Name a file that `learn.export` wrote, or the folder that `finetune` made.")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that pickles are to be trusted: the user named this one
         try: res = load_learner(o, cpu=not torch.cuda.is_available())
@@ -173,9 +163,21 @@ def predict_images(
     return Predictions(images, preds.numpy(), first[1], _labels(first[0], preds, first[1]))
 
 # %% ../nbs/14a_predict.ipynb #ec17996c
-def _columns(p, like, positive):
-    "Column by heading, as the table `like` has them after its first column"
-    cols,classes = list(like.columns[1:]),p.classes or []
+def _sample_rows(p, like):
+    "(heading of the names in the table `like`, for each of its rows the position in `p`)"
+    images,where = p.images,{}
+    rows = pd.DataFrame({images.column:images.ids}) if images.rows is None else images.rows
+    key = next((c for c in (images.column,*like) if c in like and c in rows), like.columns[0])
+    for i,(o,f) in enumerate(zip(images.ids, images.files)):
+        for n in {o, f.name, f.stem}: where[n] = None if n in where else i
+    if key in rows: where.update({o:None if twice else i for i,(o,twice) in enumerate(zip(rows[key], rows[key].duplicated(keep=False)))})
+    gone = [o for o in like[key] if where.get(o) is None]
+    if gone: raise DataError(f"The sample has {len(gone)} rows without a prediction, such as {list_some(gone, 3)} of column {key!r}.{near_matches(gone[0], where)}")
+    return key,[where[o] for o in like[key]]
+
+def _columns(p, like, key, positive):
+    "Column by heading, as the table `like` has them beside its names"
+    cols,classes = [c for c in like if c!=key],p.classes or []
     if positive is not None and positive not in classes: raise DataError(f"There is no class {positive!r}.{near_matches(positive, classes)} There are: {list_some(classes, 12)}.")
     if cols and set(cols)<=set(classes): return {c:p.preds[:,classes.index(c)] for c in cols}
     if p.classes is None and len(cols)==(p.preds[0].size): return dict(zip(cols, p.preds.reshape(len(p.labels), -1).T))
@@ -184,26 +186,22 @@ def _columns(p, like, positive):
         raise DataError(f"The sample's columns {list_some(odd)} are neither one label nor classes.{near_matches(odd[0], classes) if odd else ''} The classes are {list_some(classes, 12)}.")
     if positive is not None: return {cols[0]:p.preds[:,classes.index(positive)]}
     if not pd.to_numeric(like[cols[0]], errors='coerce').isna().any() and not set(like[cols[0]])<=set(classes):
-        raise DataError(f"The sample has numbers in its column {cols[0]!r}, and the classes are {list_some(classes, 12)}. Say whose probability is meant: `positive={classes[-1]!r}`.")
+        raise DataError(f"The sample has numbers in its column {cols[0]!r}, and the classes are {list_some(classes, 12)}. Say whose probability is meant: `positive={classes[-1]!r}` (--positive {classes[-1]}).")
     return {cols[0]:p.labels}
 
 # %% ../nbs/14a_predict.ipynb #3d761ae3
 @patch
 def table(
     self:Predictions,
-    like:str|Path|pd.DataFrame|None=None, # Sample submission: a file or a `DataFrame`, whose first column names the images; `None` for names and labels
+    like:str|Path|pd.DataFrame|None=None, # Sample submission: a file or a `DataFrame`, one of whose columns names the images; `None` for names and labels
     positive:str|None=None # Class whose probability is asked for, in a sample with one column of numbers
 )->pd.DataFrame: # A row for each image, or for each row of the sample
     "The predictions in the shape of a sample submission; raises `DataError` if they do not fit it"
     if like is None: return pd.DataFrame({self.images.column:self.images.ids, 'label':self.labels})
-    like = like.astype(str) if isinstance(like, pd.DataFrame) else _read_csv(Path(like).expanduser())
-    key,where = like.columns[0],{}
-    for i,(o,f) in enumerate(zip(self.images.ids, self.images.files)):
-        for n in {o, f.name, f.stem}: where[n] = None if n in where else i
-    gone = [o for o in like[key] if where.get(o) is None]
-    if gone: raise DataError(f"The sample has {len(gone)} rows without a prediction, such as {list_some(gone, 3)}.{near_matches(gone[0], where)}")
-    rows = [where[o] for o in like[key]]
-    return pd.DataFrame({key:like[key], **{c:np.asarray(v)[rows] for c,v in _columns(self, like, positive).items()}})
+    like = like.astype(str) if isinstance(like, pd.DataFrame) else read_table(Path(like).expanduser())
+    key,rows = _sample_rows(self, like)
+    cols = {key:like[key], **{c:np.asarray(v)[rows] for c,v in _columns(self, like, key, positive).items()}}
+    return pd.DataFrame({c:cols[c] for c in like})
 
 @patch
 def save(
@@ -219,18 +217,17 @@ def save(
 
 # %% ../nbs/14a_predict.ipynb #dc194af0
 def image_folds(
-    images:object, # A folder, as for `folder_images`, or its result
+    images:object, # A folder or a table, as for `folder_images`, or its result, which may have groups
     n_folds:int=5, # Parts, each of which validates once
     seed:int=42 # Seed of the deal
 )->list: # Of `FolderImages`, for `demo_dls`
-    "Deal the images of a folder into folds, the same share of each class in each; raises `DataError` if a class has too few images"
-    from sklearn.model_selection import StratifiedKFold
+    "Deal the images of a folder into folds, the same share of each class in each, and groups whole; raises `DataError` if a class has too few images"
     fi = images if isinstance(images, FolderImages) else folder_images(images)
     if not isinstance(n_folds, int) or n_folds<2: raise DataError(f"`n_folds` must be a whole number of at least 2, got {n_folds!r}.")
     few = {c:n for c in fi.classes if (n := fi.labels.count(c))<n_folds}
     if few: raise DataError(f"{len(few)} classes have fewer images than there are folds ({n_folds}): {list_some(f'{c} ({n})' for c,n in few.items())}. Use fewer folds.")
     def _fold(valid): return replace(fi, is_valid=np.isin(np.arange(len(fi.files)), valid).tolist())
-    return [_fold(v) for _,v in StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(fi.files, fi.labels)]
+    return [_fold(v) for v in dealt_out(fi, n_folds, seed)]
 
 def fold_predictions(
     learners:Iterable, # One a fold, each with its validation images; they may be trained on the way, one after the other

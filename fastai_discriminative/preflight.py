@@ -67,7 +67,7 @@ def text(self:Preflight,
     command:bool=False # For the command `fastai-discriminative`: show fixes as its arguments, and leave out the groups, which it shows itself?
 )->str: # Several lines
     "The whole result as text"
-    def _fix(f): return f.args if command and f.args else f.fix
+    def _fix(f): return f.args or f'in Python, {f.fix}' if command else f.fix
     found = [f"{i+1}. {f.name}: {f.what}\n   Fix: {_fix(f)}" for i,f in enumerate(self.findings)]
     more = [f"Not checked: {'; '.join(f'{k} ({v})' for k,v in self.skipped.items())}."] if self.skipped else []
     return '\n'.join([self._summary(), *(text_table(*t) for t in self._tables()[:1 if command else 2]), *found, *more])

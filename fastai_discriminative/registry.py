@@ -45,6 +45,14 @@ class Family:
 # %% ../nbs/00_registry.ipynb #9e7e3af6
 _families = {}
 
+def _check_names(name, modules, archs):
+    "Raise `FamilyError` for names that can match no model of the family `name`"
+    odd = next((o for o in (*modules,*archs) if not isinstance(o, str)), None)
+    if odd is not None: raise FamilyError(f"Family {name!r} names {odd!r}, but models are named by strings. For a class: `archs={getattr(odd, '__name__', 'MyNet')!r}`.")
+    for o in archs:
+        try: re.compile(o)
+        except re.error as e: raise FamilyError(f"Family {name!r}: `archs` are regular expressions, and {o!r} is none ({e}).") from e
+
 def register_family(
     name:str, # Name of the family
     modules:str|tuple=(), # Python modules that define its models
@@ -55,8 +63,9 @@ def register_family(
     exist_ok:bool=False, # Replace a family of the same name?
 )->Callable: # Decorator for the function that yields a backbone's layers in execution order
     "Register a `Family`; raises `FamilyError` if `name` is taken, or if neither `modules` nor `archs` is given"
-    tup = lambda o: (o,) if isinstance(o, str) else tuple(o)
+    tup = lambda o: tuple(o) if isinstance(o, (list,tuple)) else (o,)
     if not modules and not archs: raise FamilyError(f"Family {name!r} has neither `modules` nor `archs`, so no model could match it. Pass at least one of them.")
+    _check_names(name, tup(modules), tup(archs))
     def _inner(layers):
         if name in _families and not exist_ok:
             raise FamilyError(f"Family {name!r} is already registered. Choose another name, or pass `exist_ok=True` to replace it.")

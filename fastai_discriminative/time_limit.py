@@ -38,3 +38,13 @@ class TimeLimit(Callback):
     def after_epoch(self):
         self._longest = max(self._longest, time.monotonic()-self._began)
         if self.epoch+1<self.n_epoch: self._check(self._longest)
+
+    @property
+    def minutes_left(self)->float: # 0 when the time is over
+        "Time until the end"
+        return max(0., self.end-time.monotonic())/60
+    def share(self,
+        n:int # Fits that are to come
+    )->'TimeLimit': # For the next of them
+        "A limit for one of `n` fits, such as folds, that get equal shares of the time left; what one leaves, the others have"
+        return TimeLimit(max(self.minutes_left/n, 1e-9))

@@ -207,3 +207,18 @@ def test_fine_tune_refuses_before_it_freezes(dls, make, args, kw, words):
     was = snapshot(learn)
     with pytest.raises(PresetError, match=words): learn.fine_tune(*args, **kw)
     unchanged(learn, was)
+
+@pytest.mark.parametrize('arch,fix', [('resnet10t', '`weights_file`.*`pretrained=False`'), (resnet18, 'load_pretrained')])
+@pytest.mark.parametrize('e', [OSError('no network\nat all'), ConnectionError(''), RuntimeError('No pretrained weights exist for it')])
+def test_a_download_that_fails_says_what_to_do(arch, fix, e, dls, monkeypatch):
+    def _offline(*args, **kwargs): raise e
+    monkeypatch.setattr(timm, 'create_model', _offline)
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', _offline)
+    was = list(dls.after_batch.fs)
+    with pytest.raises(WeightsError, match=f"weights of '{arch if isinstance(arch, str) else 'resnet18'}' could not be fetched .*{fix}"): discriminative_learner(dls, arch)
+    assert list(dls.after_batch.fs)==was
+
+def test_other_errors_stay_what_they_are(dls, monkeypatch):
+    def _fail(*args, **kwargs): raise RuntimeError('something else')
+    monkeypatch.setattr(timm, 'create_model', _fail)
+    with pytest.raises(RuntimeError, match='something else'): discriminative_learner(dls, 'resnet10t', pretrained=False)

@@ -201,7 +201,40 @@ def test_compare_goes_on_where_it_stopped(photos, tmp_path, capsys):
 def test_a_time_limit_leaves_what_was_best(folds, photos, tmp_path, capsys):
     args = ['finetune',str(photos),*_quick,*folds,'--epochs','5000','--out',str(tmp_path/'out')]
     assert main([*args,'--time-limit','.08'])==0
-    assert 'Stopped after 0.08 minutes' in capsys.readouterr().out
+    how = 'after 0.08 minutes'+(', dealt out to 2 folds' if folds else '')
+    assert f'Stopped {how}.' in capsys.readouterr().out
     run = json.loads((tmp_path/'out'/'run.json').read_text())
-    assert run['stopped']=='after 0.08 minutes' and len(run['results'])==1 and len(list((tmp_path/'out').glob('learner*.pkl')))==1
+    assert run['stopped']==how and len(run['results'])==len(list((tmp_path/'out').glob('learner*.pkl')))==(2 if folds else 1)
     assert re.search('no time for an epoch|no learner to ask', _fails(capsys, *args, '--time-limit', '1e-6', '--overwrite'))
+
+@pytest.fixture
+def comp(photos, tmp_path):
+    "A competition's folder with labels in a table"
+    root = tmp_path/'comp'
+    for d in ('train_images','test_images'): (root/d).mkdir(parents=True)
+    rows = [(f'{i:03}',f,c) for i,(c,f) in enumerate((c,f) for c in ('flags','food') for f in sorted((photos/c).glob('*.webp'))[:12])]
+    for i,f,c in rows: shutil.copy(f, root/'train_images'/f'{i}.webp')
+    for i in range(4): shutil.copy(rows[i][1], root/'test_images'/f'{i:03}.webp') # the same names as in the other folder
+    pd.DataFrame([(i,int(c=='food'),f'p{int(i)//3}') for i,f,c in rows], columns=['id','target','patient']).to_csv(root/'train.csv', index=False)
+    pd.DataFrame(dict(id=['002','001','000','003'], target=0)).to_csv(root/'sample_submission.csv', index=False)
+    return root
+
+def test_a_table_becomes_a_submission(comp, monkeypatch, capsys):
+    monkeypatch.chdir(comp.parent)
+    assert main(['finetune','comp',*_quick,'--folds','2','--group-col','patient'])==0
+    assert "Labels: 'target' of train.csv, 8 groups of 'patient' kept whole" in capsys.readouterr().out
+    oof = pd.read_csv('discriminative-comp/oof.csv', dtype=str)
+    train = pd.read_csv(comp/'train.csv', dtype=str).set_index('id')
+    ids = oof.file.map(lambda o: Path(o).stem)
+    assert sorted(ids)==sorted(train.index) and list(oof.truth)==list(train.target[ids])
+    assert not {*train.patient[ids[:12]]}&{*train.patient[ids[12:]]}, 'half of the images are of one fold, and share no patient with the rest'
+    for images in ('comp','comp/test_images'): # the sample lies beside either
+        assert main(['predict','discriminative-comp',images,'--overwrite'])==0
+        assert 'For the probability of one class, add --positive 1' in capsys.readouterr().out
+        df = pd.read_csv('submission.csv', dtype=str)
+        assert list(df)==['id','target'] and list(df.id)==['002','001','000','003'] and set(df.target)<={'0','1'}
+    assert main(['predict','discriminative-comp','comp','--positive','1','--csv','p.csv'])==0 and '--positive' not in capsys.readouterr().out
+    assert ((p := pd.read_csv('p.csv').target)>0).all() and (p<1).all()
+    assert "Did you mean 'target'" in _fails(capsys, 'finetune', 'comp', *_quick, '--label-col', 'targte')
+    assert main(['finetune','comp/train.csv',*_quick,'--label-col','patient','--id-col','id'])==0 and "Labels: 'patient' of train.csv" in capsys.readouterr().out
+    assert sorted(o.name for o in Path('.').glob('discr*'))==['discriminative-comp','discriminative-comp-2']

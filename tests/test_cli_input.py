@@ -11,6 +11,12 @@ from fastai_discriminative.demo import DataError,folder_images
 
 pytestmark = pytest.mark.skipif(os.name=='nt', reason='Windows has no such names, links, pipes and limits')
 
+def _picture(f, c=0):
+    f.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((16,16,3), c, np.uint8)).save(f)
+
+tables = dict(table='5,b,2\n', lost='6,b,2\n', twice='4,b,2\n', nan='5,,2\n', norow='', ragged='5,b,2,3,4\n') # the last row of each
+
 def _classes(d, classes=('a','b'), n=6, size=(16,16)):
     for k,c in enumerate(classes):
         (d/c).mkdir(parents=True)
@@ -37,6 +43,9 @@ def place(tmp_path_factory):
     _classes(p/'one', ('a',))
     _classes(p/'few', n=1)
     _classes(p/'wide', size=(1,500))
+    for n,row in tables.items():
+        for i in range(6): _picture(p/n/'train'/f'{i}.png')
+        (p/n/'train.csv').write_text('id,label,age\n'+''.join(f'{i},{"ab"[i%2]},{i%3}\n' for i in range(5))+row)
     for o in ('empty','w.dir','onlyloop'): (p/o).mkdir()
     (p/'onlyloop'/'x.png').symlink_to(p/'onlyloop'/'x.png')
     (p/'onlyloop'/'.h.png').write_bytes(b'x')
@@ -49,9 +58,10 @@ def _fits(*args): return [['finetune',args[0],*_fit,*args[1:]]]
 def _each(cmd, *args): return [[*cmd, *(o if isinstance(o, list) else [o])] for o in args]
 _ok = ['finetune','ok',*_fit]
 
+_table = ['--label-col','label']
 done = [['groups','resnet10t'], ['groups','resnet10t','--n-groups','block'], ['groups','resnet18.'], ['families'], ['--version'], ['--help'], ['finetune','--help'], ['preset','resnet10t','--optimizer','sgd'],
     ['preset','resnet10t','--bs','1','--size','8','--n-steps','1'], *[c for o in ('ok','ok/','./ok/../ok','loop','file','cut','odd','space name\n x','wide',os.fsdecode(b'bytes\xff'),'names') for c in _fits(o)],
-    *_each(_ok, ['--size','8'], ['--bs','999999'], ['--valid-pct','.999'], ['--seed','4294967295'], ['--lr-low','1e-9'], ['--n-groups','2'], ['--n-train','2'], ['--strategy','fastai'], ['--compare'])]
+    *[c for o in ('table','table/train.csv','norow') for c in _fits(o, *_table)], *_fits('table', '--label-col', 'age', '--group-col', 'id'), *_each(_ok, ['--size','8'], ['--bs','999999'], ['--valid-pct','.999'], ['--seed','4294967295'], ['--lr-low','1e-9'], ['--n-groups','2'], ['--n-train','2'], ['--strategy','fastai'], ['--compare'])]
 
 refused = [(2, *o) for o in [
     *[(c, 'Unknown architecture') for c in _each(['groups'], '', ' ', '../x', '.', '/', '\udcff', 'resnet18\n', 'a'*5000, 'résnet18', 'resnet10t\0')], (['preset',''], 'Unknown architecture'), (['groups','resnet18.zzz'], 'no pretrained tag'),
@@ -69,6 +79,9 @@ refused = [(2, *o) for o in [
         (('.','No checkpoint'),('w.pth','cannot be read'),('w.safetensors','cannot be read'),('w.dir','No checkpoint'),('/dev/null','No checkpoint'))],
     ([*_ok,'--strategy',''], 'Unknown strategy'), ([*_ok,'--strategy','nope'], 'Unknown strategy'), *[([*_ok,'--lr-low',o], 'positive learning rate') for o in ('nan','inf','0','-1','1e-300')],
     ([*_ok,'--lr-low','1e-3','--lr-high','1e-4'], 'Reversed'), ([*_ok,'--n-groups','-5'], 'impossible'), ([*_ok,'--n-train','1'], 'too few'), (['finetune','ok','--arch',''], 'Unknown architecture')]]
+refused += [(2, _fits(o, *a)[0], msg) for o,a,msg in [('table', (), "holds the labels: 'label', 'age'? Choose with `label_col='label'` (--label-col label)"), ('lost', _table, "'6' is no image under"), ('twice', _table, "more than once: '4'. Keep one row"),
+    ('nan', _table, "Column 'label' of"), ('ragged', _table, 'cannot be read as a table'), ('table', ('--label-col','lable'), "Did you mean 'label'"), ('table', ('--id-col',''), "has no column ''"), ('table', (*_table,'--id-col','age'), '--id-col'),
+    ('table', (*_table,'--group-col','x'), "no column 'x', which `group_col` names"), ('ok', _table, 'There is no table'), ('table', (*_table,'--group-col','label'), 'All images of'), ('table/train', (), 'outside of any class')]]
 refused += [(1, _fits('a'*300)[0], 'File name too long')]
 
 def _run(args, capsys):

@@ -176,3 +176,9 @@ def test_pictures(dls):
     for n in names: assert learn.plot_strategy(n, 2).get_title()==n
     assert learn.plot_strategy([Phase(1), Phase(1)]).get_title()=='2 phases'
     assert same(start, weights(learn)) and learn.peak_lrs is peak
+
+@pytest.mark.parametrize('f', [lambda n_epoch: [Phase(n_epoch)], lambda: [], lambda a, b, c, d: [], lambda *, n_epoch, preset, groups: []])
+def test_a_strategy_that_could_not_be_called_is_refused_when_it_is_registered(f):
+    with pytest.raises(StrategyError, match=r"function of `\(n_epoch, preset, groups\)` that returns a list of `Phase`"): register_strategy('odd')(f)
+    with pytest.raises(StrategyError, match="takes a name first: `@register_strategy"): register_strategy(lambda n_epoch, preset, groups: [])
+    assert 'odd' not in [o.name for o in list_strategies()]

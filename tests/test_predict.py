@@ -120,7 +120,7 @@ def test_labels_and_probabilities(learn, root):
     assert list(t.columns)==['id','food','flags'] and np.allclose(t[['flags','food']].values.astype(float), p.preds[:2])
     assert np.allclose(p.table(pd.DataFrame(dict(id=p.images.ids[:2], target=.5)), positive='food').target.astype(float), p.preds[:2,1])
 
-@pytest.mark.parametrize('cols,kw,msg', [(dict(food=1,flag=1),{},"Did you mean 'flags'"), (dict(target=.5),{},'positive='), (dict(target=.5),dict(positive='fod'),"Did you mean 'food'")])
+@pytest.mark.parametrize('cols,kw,msg', [(dict(food=1,flag=1),{},"Did you mean 'flags'"), (dict(target=.5),{},r"`positive='food'` \(--positive food\)"), (dict(target=.5),dict(positive='fod'),"Did you mean 'food'")])
 def test_a_sample_that_does_not_fit(cols, kw, msg, learn, root):
     p = predict_images(learn, root)
     _fails(msg, p.table, pd.DataFrame(dict(id=p.images.ids[:2], **cols)), **kw)
@@ -161,3 +161,45 @@ def test_out_of_fold(root):
     k = len(learners[0].dls.valid_ds)
     assert np.allclose(oof.preds[k:], learners[1].get_preds()[0], atol=1e-6) and 0<=oof.accuracy<=1
     _fails('Nobody knows', lambda: predict_images(learners, root).accuracy)
+
+# ---- labels in a table, and samples of other forms
+
+def test_a_sample_that_calls_images_by_a_number_of_the_table(learn, root, tmp_path):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    names = sorted(o.name for o in (tmp_path/'test').iterdir())
+    pd.DataFrame(dict(row=['4','3','2','1','0'], image=names, site=['a','a','b','b','b'])).to_csv(tmp_path/'test.csv', index=False)
+    p = predict_images(learn, tmp_path)
+    assert p.images.column=='image' and p.images.ids==names
+    t = p.table(pd.DataFrame(dict(food=[0]*5, row=list('01234'), flags=0)))
+    assert list(t.columns)==['food','row','flags'] and np.allclose(t[['flags','food']].values.astype(float), p.preds[::-1])
+    assert p.table(pd.DataFrame(dict(row=['2'], label='food'))).values.tolist()==[['2',p.labels[2]]]
+    _fails("1 rows without a prediction, such as 'a' of column 'site'", p.table, pd.DataFrame(dict(site=['a'], label='food')))
+
+def test_the_names_need_not_come_first(learn, root):
+    p = predict_images(learn, root/'test')
+    t = p.table(pd.DataFrame(dict(label='x', file=[o.rpartition('.')[0] for o in p.images.ids])))
+    assert list(t.columns)==['label','file'] and list(t.label)==p.labels
+
+def test_a_name_twice_in_the_table(root, tmp_path):
+    shutil.copytree(root/'test', tmp_path/'test')
+    o = next((root/'test').iterdir()).stem
+    pd.DataFrame(dict(id=[o,o])).to_csv(tmp_path/'test.csv', index=False)
+    _fails(f"names images more than once: '{o}'", find_images, tmp_path)
+
+def test_from_a_table_to_a_submission_in_python(root, tmp_path):
+    files = sorted((root/'train').rglob('*.webp'))
+    _copy(files, tmp_path/'train')
+    shutil.copytree(root/'test', tmp_path/'test')
+    pd.DataFrame(dict(id=[f.stem for f in files], kind=[f.parent.name for f in files])).to_csv(tmp_path/'train.csv', index=False)
+    pd.DataFrame(dict(id=sorted(o.stem for o in (root/'test').iterdir()), kind='food')).to_csv(tmp_path/'sample_submission.csv', index=False)
+    learners = [vision_learner(demo_dls(f, size=32, bs=8), 'test_resnet', pretrained=False) for f in image_folds(tmp_path, 2)]
+    oof = fold_predictions(learners)
+    assert dict(zip(oof.images.files, oof.targets))=={tmp_path/'train'/f.name:f.parent.name for f in files}
+    export_learner(learners[0], tmp_path/'learner.pkl')
+    out = predict_images(tmp_path/'learner.pkl', tmp_path).save(tmp_path/'s.csv', like=tmp_path/'sample_submission.csv')
+    df = pd.read_csv(out)
+    assert list(df)==['id','kind'] and len(df)==5 and set(df.kind)<={'flags','food'}
+
+def test_a_learner_that_is_not_there_has_near_matches(root, tmp_path):
+    (tmp_path/'discriminative-birds').mkdir()
+    _fails("No learner .*discriminative-bird'. Did you mean 'discriminative-birds'\\? Name a file .* or the folder that `finetune` made", predict_images, tmp_path/'discriminative-bird', root)

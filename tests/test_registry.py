@@ -250,3 +250,9 @@ def test_names_that_people_type(typed, meant):
 def test_names_that_are_near_to_nothing(typed):
     with pytest.raises(FamilyError) as e: find_family(typed)
     assert 'Did you mean' not in str(e.value)
+
+@pytest.mark.parametrize('kw,msg', [(dict(archs=nn.Linear), "named by strings. For a class: `archs='Linear'`"), (dict(archs=('X',3)), 'names 3, but'), (dict(modules=nn), 'named by strings'),
+    (dict(archs='My('), r"regular expressions, and 'My\(' is none"), (dict(archs=['ok','*x']), "'\\*x' is none")])
+def test_a_family_that_no_model_could_match_is_refused_and_harms_nobody(kw, msg):
+    with pytest.raises(FamilyError, match=msg): register_family('odd', **kw)(lambda m: [])
+    assert 'odd' not in _families and find_family(nn.Linear(2,2)).layers is None

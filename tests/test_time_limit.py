@@ -50,3 +50,14 @@ def test_the_best_weights_are_left():
     accs = [r[2] for r in learn.recorder.values]
     assert 2<len(accs)<20 and max(accs)>min(accs), accs
     with learn.no_bar(), learn.no_logging(): assert learn.validate()[1]==max(accs)
+
+def test_fits_have_equal_shares_of_what_is_left():
+    limit = TimeLimit(6)
+    first = limit.share(3)
+    assert first.minutes==pytest.approx(2, abs=.01) and first.end<limit.end and limit.share(1).end==pytest.approx(limit.end, abs=.5)
+    first.is_over = True
+    assert not limit.is_over and limit.minutes_left==pytest.approx(6, abs=.01)
+    limit.end = time.monotonic()-1
+    learn = _learner()
+    with learn.no_bar(), learn.no_logging(): learn.fit(5, cbs=limit.share(2))
+    assert limit.minutes_left==0 and len(learn.recorder.values)==0
