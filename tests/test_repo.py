@@ -110,6 +110,17 @@ def test_directives_of_markdown_cells_are_whole(nb):
     assert not bad, f"these cells begin with a directive that lost its `#` (`#| export`), so that it is printed and not obeyed: {bad}"
 
 @pytest.mark.parametrize('nb', notebooks, ids=lambda o: o.stem)
+def test_title_cells_hold_the_title_alone(nb):
+    "nbdev makes front matter of the cell with the title, and drops whatever else stands in it: a whole page was empty on the website"
+    first = next((''.join(o['source']) for o in json.loads(nb.read_text(encoding='utf-8'))['cells'] if o['cell_type']=='markdown' and ''.join(o['source']).startswith('# ')), '')
+    lost = [o for o in first.split('\n')[1:] if o.strip() and not o.startswith(('> ','- '))]
+    assert not lost, f"not on the page, since it stands in the title's cell: {lost[0][:60]}"
+
+def test_every_notebook_is_in_the_sidebar_once():
+    listed = re.findall(r'[\w/]+\.ipynb', (root/'nbs/_quarto.yml').read_text(encoding='utf-8'))
+    assert sorted(listed)==sorted(o.relative_to(root/'nbs').as_posix() for o in notebooks)
+
+@pytest.mark.parametrize('nb', notebooks, ids=lambda o: o.stem)
 def test_stored_outputs_hold_no_warnings(nb):
     "They would be printed on the page, with paths of the machine that ran it"
     outs = [o for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', [])]
@@ -124,10 +135,52 @@ def test_the_package_runs_as_a_module():
 @pytest.mark.parametrize('links,nbs,want', [('[a](groups.html#x) [b](https://x.org/y.html)', 'nbs', '[a](nbs/02_groups.ipynb) [b](https://x.org/y.html)'),
     ('[a](groups.html)', 'https://x.org/r/blob/main/nbs', '[a](https://x.org/r/blob/main/nbs/02_groups.ipynb)')])
 def test_links_of_the_readme(links, nbs, want, monkeypatch):
+    md = _build_docs(monkeypatch).readme_md(links, '', {'02_groups.ipynb':'groups.ipynb'}, nbs)
+    assert md.endswith(want)
+
+def _build_docs(monkeypatch):
     pytest.importorskip('smalldocs', reason='of the extra `dev`: the builder of the website')
     monkeypatch.syspath_prepend(root/'tools')
-    md = importlib.import_module('build_docs').readme_md(links, '', {'02_groups.ipynb':'groups.ipynb'}, nbs)
-    assert md.endswith(want)
+    return importlib.import_module('build_docs')
+
+def _git_url(folder, *lines):
+    "What the builder takes for the repository's address, if `lines` end a copy of pyproject.toml"
+    from nbdev.config import get_config
+    (folder/'pyproject.toml').write_text('\n'.join([re.sub(r'^\[project\.urls\]\n(?:[^\[\n].*\n)*', '', (root/'pyproject.toml').read_text(encoding='utf-8'), flags=re.M), *lines, '']), encoding='utf-8')
+    return get_config(folder).git_url
+
+def test_pages_link_to_the_repository_when_it_is_known(tmp_path, monkeypatch):
+    b,nb = _build_docs(monkeypatch),'nbs/02_groups.ipynb'
+    assert b.page_links(nb, _git_url(tmp_path), 'main')==''
+    md = b.page_links(nb, _git_url(tmp_path, '[project.urls]', 'Repository = "https://github.com/a/b/"'), 'dev')
+    assert '[Source](https://github.com/a/b/blob/dev/nbs/02_groups.ipynb)' in md
+    assert '(https://colab.research.google.com/github/a/b/blob/dev/nbs/02_groups.ipynb)' in md and 'git+https://github.com/a/b"' in md
+    assert 'Colab' not in b.page_links(nb, _git_url(tmp_path, '[project.urls]', 'Repository = "https://example.org/a/b"'), 'main')
+
+def test_links_stand_under_the_title_of_each_page(tmp_path, monkeypatch):
+    "As the notebook is called in the repository, not on the site; the home page, which is the README too, has none"
+    b = _build_docs(monkeypatch)
+    for name in ('02_groups','index'):
+        cells = [dict(cell_type='raw', source=f'---\ntitle: {name}\noutput-file: groups.html\n---', id='a', metadata={}), dict(cell_type='markdown', source='Text', id='b', metadata={})]
+        (tmp_path/f'{name}.ipynb').write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)), encoding='utf-8')
+    b.tidy(tmp_path, '', {'02_groups.ipynb':'groups.ipynb'}, 'https://github.com/a/b', 'main')
+    second = {o:''.join(json.loads((tmp_path/f'{o}.ipynb').read_text(encoding='utf-8'))['cells'][1]['source']) for o in ('groups','index')}
+    assert '/a/b/blob/main/nbs/02_groups.ipynb' in second['groups'] and second['index']=='Text'
+
+@pytest.mark.parametrize('md,want', [('```python\ndef Phase(\n    n:int=1, # Epochs\n)->None:\n```', '```python\nclass Phase(\n    n:int=1, # Epochs\n):\n```'),
+    ('```python\ndef DataError(\n    *args, **kwargs\n):\n```', '```python\nclass DataError:\n```'),
+    ('```python\ndef fit(\n    lr:NoneType=None, # Rate\n)->None:\n```', '```python\ndef fit(\n    lr=None, # Rate\n)->None:\n```')])
+def test_classes_are_shown_as_classes(md, want, monkeypatch): assert _build_docs(monkeypatch).as_written(md)==want
+
+@pytest.mark.parametrize('cell,held', [('7.9e-06', True), ('<strong>0.73 (0.71 to 0.76)</strong>', True), ('\u2212.5', True), ('stages.3', False), ('2 words of prose that go on for a good while', False)])
+def test_numbers_in_tables_stay_on_one_line(cell, held, monkeypatch):
+    html = f'<tr><td style="x">{cell}</td></tr>'
+    assert _build_docs(monkeypatch).unbroken_numbers(html)==(f'<tr><td style="x" class="number">{cell}</td></tr>' if held else html)
+
+def test_llms_txt_links_to_the_pages(monkeypatch):
+    b,index = _build_docs(monkeypatch),'# x\n\n> y\n\n## Pages\n\n- [Layer groups](https://x.org/groups.html.md)\n- [FAQ](/faq.html.md)\n'
+    got = b.with_pages('# x\n\n## Modules\n\n- `x.groups`: Layers\n- `x.other`: More\n', index)
+    assert got=='# x\n\n## Modules\n\n- [`x.groups`](https://x.org/groups.html.md): Layers\n- `x.other`: More\n\n## Pages\n\n- [Layer groups](https://x.org/groups.html.md)\n- [FAQ](faq.html.md)\n'
 
 def _bounds(lines): return dict(m.groups() for o in lines if (m := re.match(r'([\w.-]+)\s*[>=]=\s*([\d.]+?)(?:\.\*)?$', o.strip())))
 

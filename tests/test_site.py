@@ -1,5 +1,5 @@
 "The website, as `tools/build_docs.py` left it: no dead link or anchor, nothing from another host; in a browser no error, enough contrast in both modes, and a search that finds"
-import http.server,os,shutil,threading
+import http.server,os,re,shutil,threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -39,6 +39,24 @@ def test_no_dead_links(pages):
 def test_nothing_from_another_host(pages):
     assert not [(p.name, o) for p,page in pages.items() for o in page.far]
     assert not [p.name for p in docs.rglob('*.css') if '@import url(http' in p.read_text(encoding='utf-8')]
+
+def test_no_page_is_empty():
+    "Each has more to say than its title and description"
+    assert not [p.name for p in docs.rglob('*.html.md') if len([o for o in p.read_text(encoding='utf-8').split('\n\n') if o.strip()])<3]
+
+def test_llms_txt_leads_to_every_page():
+    "And to none that is not there"
+    linked = re.findall(r'\]\((?:[a-z]+://[^)]*?/)?([^)/:]+(?:/[^):]+)*\.html\.md)\)', (docs/'llms.txt').read_text(encoding='utf-8'))
+    assert {*linked}=={p.relative_to(docs).as_posix() for p in docs.rglob('*.html.md')}
+
+def test_the_sitemap_holds_whole_addresses():
+    "Or is not there, as long as nobody knows where the site will be"
+    f = docs/'sitemap.xml'
+    assert not f.exists() or all(o.startswith('http') for o in re.findall('<loc>(.*?)</loc>', f.read_text(encoding='utf-8')))
+
+def test_classes_are_shown_as_classes():
+    text = (docs/'phases.html.md').read_text(encoding='utf-8')
+    assert 'class Phase(' in text and 'def Phase(' not in text
 
 # ---- in a browser
 
