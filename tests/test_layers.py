@@ -205,6 +205,16 @@ def test_a_tied_weight_that_runs_again_behind_other_layers(new):
     assert [gs.where[f'{n}.weight'] for n in 'bmcd']==[0,1,2,3]
     for k in range(2+len(new), len(gs)+1): check_splitter(Splitter(groups=layer_groups(m, k, x=x, new=new)), m, x=x)
 
+def test_a_module_that_never_runs_has_a_tied_weight():
+    "`idle` shares the weight of `h`, which runs between second runs of others; found in a random model"
+    m,x = Order('gbfhd'),torch.zeros(2,4)
+    m.order,m.idle = 'bdfbhdgf',nn.Linear(4,4)
+    m.idle.weight = m.h.weight
+    m.idle.bias.requires_grad_(False)
+    gs = layer_groups(m, 'block', x=x)
+    assert [gs.where[f'{n}.weight'] for n in 'bdfhg']==[0,1,2,3,4]
+    for k in range(2, len(gs)+1): check_splitter(Splitter(groups=layer_groups(m, k, x=x)), m, x=x)
+
 def test_it_fits_copies_and_wrappers():
     m = timm.create_model('test_resnet')
     mm = model_map(m)
