@@ -147,7 +147,7 @@ def test_the_fit_that_follows_is_the_one_that_would_have_been(dls):
 
 def test_refused(learn, dls):
     with pytest.raises(ReportError, match="Unknown method 'trial'. Did you mean 'trials'"): learn.lr_find_groups('trial')
-    with pytest.raises(PresetError, match='need layer groups'): stock(dls).lr_find_groups()
+    with pytest.raises(PresetError, match='needs layer groups'): stock(dls).lr_find_groups()
     with pytest.raises(PresetError, match='2 rates for'): learn.lr_find_groups('joint', start_lr=[1e-6,1e-5])
     learn.preset = None
     with pytest.raises(PresetError, match="method='joint', ratio=.1"): learn.lr_find_groups()

@@ -77,7 +77,7 @@ def test_mistakes(dls):
     with pytest.raises(ReportError, match='learn.split'): stock(dls).plot_rates(1e-3, 2)
     learn = stock(dls).split(3)
     with pytest.raises(ReportError, match='No fit was recorded'): learn.plot_rates()
-    with pytest.raises(ReportError, match='how many epochs'): learn.plot_rates('preset')
+    with pytest.raises(ReportError, match='number of epochs is missing'): learn.plot_rates('preset')
     with pytest.raises(StrategyError, match="Did you mean 'lp_ft'"): learn.plot_rates('lpft', 3)
     for bad in (slice(1e-2,1e-4), [1e-3,1e-3], -1.):
         with pytest.raises(PresetError): learn.plot_rates(bad, 3)
