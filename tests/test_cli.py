@@ -137,7 +137,7 @@ def test_interrupt(tmp_path):
 @pytest.mark.skipif(os.name=='nt', reason='no SIGINT to another process')
 def test_interrupt_after_an_epoch_keeps_what_was_best(photos, tmp_path):
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    args = map(str, ['finetune', photos, '--arch', 'test_resnet', '--from-scratch', '--strategy', 'uniform', '--size', 32, '--epochs', 5000, '--threads', 1, '--folds', 2])
+    args = map(str, ['finetune', photos, '--arch', 'test_efficientnet', '--from-scratch', '--strategy', 'uniform', '--size', 32, '--epochs', 5000, '--threads', 1, '--folds', 2])
     p = subprocess.Popen([*_cmd, *args], cwd=tmp_path, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while 'epoch 2 ' not in (line := p.stdout.readline()): assert line, p.stderr.read()
     p.send_signal(signal.SIGINT)
