@@ -125,7 +125,7 @@ def _split_idxs(fi, seed, valid_pct, n_train):
     if fi.groups and not fi.is_valid:
         n = min(round(1/valid_pct), len(set(fi.groups)), max(map(fi.labels.count, fi.classes)))
         valid = dealt_out(fi, max(2, n), seed, some=True)[0]
-        fi = replace(fi, is_valid=[i in {*valid} for i in range(len(fi.files))])
+        fi = replace(fi, is_valid=np.isin(range(len(fi.files)), valid).tolist())
     rng,idxs = random.Random(seed),range(len(fi.files))
     by = _by_class(fi, [i for i in idxs if not (fi.is_valid and fi.is_valid[i])])
     for o in by: rng.shuffle(o)

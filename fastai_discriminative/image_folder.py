@@ -133,7 +133,10 @@ def _table_rows(path, label_col, id_col, group_col):
     if not files: raise DataError(f"{str(path)!r} has labels, but there are no images beside it. {_layout}")
     names = names_of_files(files, root)
     col = name_column(df, names, path, place, id_col, ' Bring the images, remove the rows, or name another column with `id_col` (--id-col).')
-    if group_col is not None: check_column(df, group_col, path, 'group_col')
+    if group_col is not None:
+        check_column(df, group_col, path, 'group_col')
+        none = [o for o,g in zip(df[col], df[group_col]) if not g.strip()]
+        if none: raise DataError(f"Column {group_col!r} of {str(path)!r} is empty for {list_some(none)}, so nobody knows what they belong to. Fill these cells, or remove the rows.")
     paths = [c for c in df if df[c].is_unique and all(names.get(o) for o in df[c])] # further names of the images
     label_col,labels = label_column(df, col, path, label_col, [group_col,*paths], test, sample)
     own = [names[o] for o in df[col]]

@@ -20,7 +20,7 @@ predicted = [0.013461, 0.596971, 0.389568] # by the learner that was exported
 held = {'freeze TrueFreeze', 'groups LayerGroup', 'groups LayerGroups', 'groups Splitter', 'layers ModelMap', 'optimizer fused_adamw', 'optimizer fused_sgd', 'paths ModelLayer', 'presets Preset',
     'presets RateLaw', 'ranks ReducedParams', 'schedules _Recorder', 'schedules _SmoothLoss', 'trace ModelTrace',
     'best KeepBest', 'compare TrainClock', 'fast_math FastMath', 'features CachedFeatures', 'phases KeepBest', 'phases StrategyRun', 'report DistortionMeter',
-    'recorder GroupCSVLogger', 'recorder GroupLogger', 'recorder StepMeter', 'time_limit TimeLimit'}
+    'demo _FolderLabel', 'demo _TableLabel', 'recorder GroupCSVLogger', 'recorder GroupLogger', 'recorder StepMeter', 'time_limit TimeLimit'}
 
 def names_in(path):
     "Names of this package in a file of torch's"

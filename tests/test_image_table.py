@@ -176,3 +176,8 @@ def test_groups_that_cannot_be_dealt_out(tmp_path):
 def test_parts_without_groups_hold_the_same_share_of_each_class(tmp_path):
     fi = folder_images(_comp(tmp_path))
     assert [sorted(fi.labels[i] for i in o) for o in dealt_out(fi, 3, 0)]==[['cat']*2+['dog']*2]*3
+
+def test_an_empty_group_is_no_group(tmp_path):
+    root = _patients(tmp_path)
+    _edit(root/'train.csv', _set([3,7], 'patient', None))
+    _refused("Column 'patient' .* is empty for 'i03', 'i07'", root, label_col='label', group_col='patient')
