@@ -118,7 +118,7 @@ _same_kind = dict(AdamW='adam_step', Adam='adam_step', SGD='momentum_step', sgd_
 
 def _check_kind(saved, mine):
     "Raise `OptimizerStateError` if `saved` and `mine` are names of different kinds of optimisers"
-    if mine is None or saved is None or _same_kind.get(saved, saved)==_same_kind.get(mine, mine): return
+    if mine is None or saved is None or isinstance(saved, str) and _same_kind.get(saved, saved)==_same_kind.get(mine, mine): return
     raise OptimizerStateError(f"The saved state is that of {saved!r}, and this optimiser is {mine!r}: it was saved by another kind of optimiser.")
 
 # %% ../nbs/04b_moments.ipynb #a1c0fee3

@@ -1,5 +1,5 @@
 "Moments are saved and loaded by name, into any number of groups, from fastai's and torch's optimisers, and not at all if they do not fit"
-import copy,pickle
+import copy,pickle,re
 from functools import partial
 
 import pytest,torch
@@ -65,6 +65,13 @@ others = dict(sgd=lambda m: SGD(plain(m), 1e-2), fused_sgd=lambda m: fused_sgd(n
     torch_sgd=lambda m: OptimWrapper(plain(m), opt=torch.optim.SGD, lr=1e-2), nadam=lambda m: OptimWrapper(plain(m), opt=torch.optim.NAdam, lr=1e-2),
     lookahead=lambda m: Lookahead(Adam(plain(m), 1e-2)), rmsprop=lambda m: RMSProp(plain(m), 1e-2),
     torch_rmsprop=lambda m: OptimWrapper(plain(m), opt=torch.optim.RMSprop, lr=1e-2))
+
+@pytest.mark.parametrize('opt', [{}, [], 1, {'lr':1}])
+def test_a_state_of_no_kind_is_refused_by_name(opt):
+    p = nn.Parameter(torch.ones(2))
+    o = fused_sgd([[p]], lr=.1)
+    sd = o.state_dict()
+    with pytest.raises(OptimizerStateError, match=re.escape(f'that of {opt!r}')): o.load_state_dict({**sd, 'opt':opt})
 
 @pytest.mark.parametrize('kind', others)
 @pytest.mark.parametrize('steps', [0,2])
