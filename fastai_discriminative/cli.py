@@ -194,11 +194,17 @@ _completion_files = """write it to a file that the shell reads, again after an u
 def _version(): return __import__('fastai_discriminative').__version__
 
 # %% ../nbs/15_cli.ipynb #7b601724
+class _Parser(argparse.ArgumentParser):
+    "As that of newer Python: the status stays when a message cannot be written"
+    def _print_message(self, *args):
+        try: super()._print_message(*args)
+        except OSError: pass
+
 def _parser():
     "The argument parser of the command"
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='show the traceback of an error')
-    ap = argparse.ArgumentParser('fastai-discriminative', description='Fine-tune pretrained vision backbones with the right learning rate in every layer.', epilog=_examples,
+    ap = _Parser('fastai-discriminative', description='Fine-tune pretrained vision backbones with the right learning rate in every layer.', epilog=_examples,
         parents=[common], formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--version', action='version', version=f'%(prog)s {_version()}')
     sub = ap.add_subparsers(metavar='COMMAND', required=True, dest='cmd')
