@@ -1,9 +1,9 @@
 """Fine-tune pretrained vision backbones in fastai with the right learning rate in every layer
 
-A new head is random and has to move fast; pretrained layers are good and want to be fine-tuned, not distorted. fastai can give each group of layers its own learning rate. But it knows the
-layers of 21 models only: every timm backbone gets two groups, and a freeze that does not quite freeze.
-This package knows the layers of every timm architecture and of models of your own, the rates at which such layers were fine-tuned before, and how to find out what yours can bear.
-The training loop, the data and the callbacks stay fastai's, and nothing changes until you ask for it.
+A new head is random and has to learn fast. Pretrained layers are already good and need only small changes. fastai can give each group of layers its own learning rate, but it knows the layers of
+only 21 models. Every timm backbone gets two groups, and after `freeze` a part of the frozen layers still changes.
+This package knows the layers of every timm architecture and of your own models. It knows the learning rates at which such layers were fine-tuned before, and it can measure which rates suit your data.
+The training loop, the data and the callbacks are still fastai's, and nothing changes until you ask for it.
 
 Modules:
 

@@ -91,6 +91,8 @@ def _arch_of_row(r):
 # %% ../nbs/13_coverage.ipynb #07a83270
 def _preset_cells(rows):
     "Rates, recipes and whether they were measured, for the family with the architectures in `rows`"
+    rows = [r for r in rows if r['arch'] in all_architectures()] # an older timm has not all that were proved
+    if not rows: return 'not in this timm','','no'
     presets = [preset_for(_arch_of_row(r)) for r in rows]
     regime,_ = Counter(p.regime for p in presets if p.regime!='random' or all(o.regime=='random' for o in presets)).most_common(1)[0]
     p = next(p for p in presets if p.regime==regime)
