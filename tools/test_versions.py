@@ -4,7 +4,7 @@
     python tools/test_versions.py --save           # write to tools/versions.json, and to CONTRIBUTING's table, what ran
     python tools/test_versions.py --newest --save  # the same tests on what is installed
 
-The first run takes about 3 GB of downloads and 6 GB of disk: torch of that time comes with CUDA's libraries.
+The first run takes about 3 GB of downloads and 6 GB of disk: on Linux, torch of that time comes with CUDA's libraries.
 Exit status: 0 if all tests pass, 1 if one fails, 3 if the versions cannot be installed here.
 """
 import hashlib,json,os,re,subprocess,sys,tempfile
