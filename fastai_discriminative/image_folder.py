@@ -16,6 +16,7 @@ from dataclasses import dataclass,field
 
 from fastai.vision.all import *
 from .core import *
+from .explain import *
 from .image_table import *
 
 # %% ../nbs/13b_image_folder.ipynb #353b9936
@@ -121,7 +122,7 @@ def _asked(path):
 def _table_of(path, cols):
     "The table with the labels of the images in `path`, or `None`"
     if path.is_file(): return path
-    if (path/'train.csv').is_file(): return path/'train.csv'
+    if 'train.csv' in os.listdir(path) and (path/'train.csv').is_file(): return path/'train.csv'
     if any(cols): raise DataError(f"There is no table {str(path/'train.csv')!r} that has a column {next(filter(None, cols))!r}. Name the table itself in place of its folder.")
 
 # %% ../nbs/13b_image_folder.ipynb #776242df
@@ -191,3 +192,6 @@ def dealt_out(
     if len(good)==n or (some and good): return good
     lost = next(filter(None, (_only_there(fi, v) for v in parts)))
     raise DataError(f"All images of {list_some(sorted(lost))} are in one part of {n}, as groups stay whole, and nothing is left to train on. Use fewer folds, another seed, or no `group_col` (--group-col).")
+
+# %% ../nbs/13b_image_folder.ipynb #294c884c
+explain_rooms(__name__)

@@ -14,6 +14,7 @@ import re
 import pandas as pd
 
 from .core import *
+from .explain import *
 
 # %% ../nbs/13a_image_table.ipynb #b6795574
 def read_table(
@@ -132,3 +133,6 @@ def label_column(
     if all(re.fullmatch(r'-?\d+\.0+', o) for o in labels): labels = [o.partition('.')[0] for o in labels]
     _check_labels(labels, col, df[named], path)
     return col,labels
+
+# %% ../nbs/13a_image_table.ipynb #7373a49b
+explain_rooms(__name__)

@@ -319,7 +319,7 @@ def recorder_draws():
 def default_callbacks_and_signatures():
     names = 'freeze unfreeze freeze_to fit fit_one_cycle fit_flat_cos fit_sgdr fine_tune lr_find save load export validate get_preds create_opt'
     fs = [getattr(Learner, k) for k in names.split()] + [o for o in opts.values() if inspect.isfunction(o)] + [OptimWrapper,Optimizer,ParamScheduler,Recorder]
-    return defaults.callbacks,learner().cbs,[(f.__name__, f.__doc__, list(inspect.signature(f).parameters)) for f in fs]
+    return defaults.callbacks,learner().cbs,[(f.__name__, (f.__doc__ or '').split('\n\nOf a learner in layer groups')[0], list(inspect.signature(f).parameters)) for f in fs] # what `help` adds of ours comes last
 
 # ---- what stock fastai makes of files that this package wrote, `without` it only
 

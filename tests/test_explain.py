@@ -32,15 +32,15 @@ def test_every_docment_is_in_the_help(room):
         miss += [f'{qual}({k})' for k,v in docs.items() if f'    {v}' not in said]
     assert not miss, f"not in `help`: {miss}"
 
-@pytest.mark.parametrize('f,says', [(discriminative_learner, {'arch':'timm architecture', 'n_groups : int | str | None':"Number of groups with the head's", '**kwargs':'Further arguments of `vision_learner`',
-    'Learner':'In layer groups'}), (Learner.fit_strategy, {'cbs':'Callbacks', 'start_epoch : int':'Go on with this epoch'}), (Phase, {'n_epoch : int':'Epochs, at least 1'}), (TimeLimit.__init__, {'minutes':'From now on'})])
+@pytest.mark.parametrize('f,says', [(discriminative_learner, {'arch':'timm architecture', 'n_groups : int | str | None':"Number of groups including the head's", '**kwargs':'Further arguments of `vision_learner`',
+    'Learner':'In layer groups'}), (Learner.fit_strategy, {'cbs':'Callbacks', 'start_epoch : int':'Start with this epoch'}), (Phase, {'n_epoch : int':'Number of epochs, at least 1'}), (TimeLimit.__init__, {'minutes':'Time limit in minutes'})])
 def test_help(f, says):
     lines = [o.strip(' |') for o in pydoc.plain(pydoc.render_doc(f)).splitlines()]
     for k,v in says.items():
         at = [i for i,o in enumerate(lines) if o.startswith(k)]
         assert any(lines[i+1].startswith(v) for i in at), k
 
-@pytest.mark.parametrize('name,more', [('fit_one_cycle', "`lr_max` may also be 'preset'"), ('freeze_to', 'name of a group'), ('fine_tune', '`base_lr` may also be'), ('load', 'whole or not at all')])
+@pytest.mark.parametrize('name,more', [('fit_one_cycle', "`lr_max` may also be 'preset'"), ('freeze_to', 'name of a group'), ('fine_tune', '`base_lr` may also be'), ('load', 'completely or not at all')])
 def test_help_of_fastais_methods(name, more):
     said = getattr(Learner, name).__doc__
     assert said.startswith(getattr(Learner, name)._stock.__doc__+'\n\n') and more in said

@@ -614,7 +614,7 @@ def test_shapes_that_differ():
 def test_loaders_of_other_kinds(folder):
     learn = ours(folder)
     learn.dls.loaders[0] = torch.utils.data.DataLoader([(torch.randn(3,32,32), 0)]*8, batch_size=4)
-    with pytest.raises(FeatureError, match="not by torch"): fit(learn, cbs=CachedFeatures())
+    with pytest.raises(FeatureError, match="but not for torch"): fit(learn, cbs=CachedFeatures())
 
 def test_bad_arguments(tmp_path):
     with pytest.raises(FeatureError, match='number of views'): CachedFeatures(n_views=-1)
@@ -629,7 +629,7 @@ def test_items_that_are_skipped(folder):
             return super().__getitem__(i)
     ds = Skips((torch.randn(3,16,16), torch.tensor(i%3)) for i in range(16))
     learn = quiet(Learner(DataLoaders(DataLoader(ds, bs=4), DataLoader(ds, bs=4)), own_net(), loss_func=CrossEntropyLossFlat())).split()
-    with pytest.raises(FeatureError, match='gave 15 of 16 items'): fit(learn, cbs=CachedFeatures())
+    with pytest.raises(FeatureError, match='returned 15 of 16 items'): fit(learn, cbs=CachedFeatures())
 
 # ---- several processes
 

@@ -248,7 +248,7 @@ def test_text_tables_and_pickle(learn):
     s,h = str(look),look._repr_html_()
     assert all(f.fix in s and f.name in h for f in look.findings) and '--size 176' in look.text(command=True) and '--size 176' not in s
     look.findings.append(PreflightFinding('norms', 'they differ', 'learn.split(train_norm=True)'))
-    assert 'Mend it: in Python, learn.split(train_norm=True)' in look.text(command=True) and 'in Python' not in str(look)
+    assert 'Fix: in Python, learn.split(train_norm=True)' in look.text(command=True) and 'in Python' not in str(look)
     look.findings.append(PreflightFinding('classes', '<script>alert(1)</script>', 'x<y'))
     assert '<script' not in look._repr_html_()
 

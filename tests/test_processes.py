@@ -75,7 +75,7 @@ def test_a_communication_hook_outlives_a_thaw(ran):
     res = _trained(ran[:2], 'hook')[0]
     assert res['hooks']==[['fp16_compress_hook']]*5 and res['n_wrappers']==2
 
-@pytest.mark.parametrize('name, error, words', [('item missing','FeatureError','Another process|gave 15 of 16'), ('late after_pred','RanksError','after this batch had begun'),
+@pytest.mark.parametrize('name, error, words', [('item missing','FeatureError','Another process|returned 15 of 16'), ('late after_pred','RanksError','after this batch had begun'),
     ('late before_batch','RanksError','`order` is below 5'), ('alone','RanksError','another process trains different ones')])
 def test_what_cannot_be_served_is_an_error_in_all_processes(ran, name, error, words):
     for o in ran[:2]:

@@ -1,5 +1,6 @@
 "What a type checker knows of the package: an annotation on every parameter and result that a user meets, and pyright finds wrong calls and no others"
-import ast,re,shutil,subprocess,sys
+import ast,json,re,shutil,subprocess,sys
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +53,8 @@ def test_pyright_finds_wrong_calls_only(tmp_path):
     checker = shutil.which('basedpyright')
     if not checker: pytest.skip('needs basedpyright, of the extra `dev`')
     (tmp_path/'use.py').write_text(_right+_wrong, encoding='utf-8')
-    (tmp_path/'pyrightconfig.json').write_text('{"typeCheckingMode":"standard", "reportWildcardImportFromLibrary":false, "reportUnusedExpression":false}', encoding='utf-8')
+    conf = dict(typeCheckingMode='standard', reportWildcardImportFromLibrary=False, reportUnusedExpression=False, extraPaths=[str(Path(__file__).parent.parent)]) # an editable install cannot be followed
+    (tmp_path/'pyrightconfig.json').write_text(json.dumps(conf), encoding='utf-8')
     res = subprocess.run([checker, '--pythonpath', sys.executable, '-p', str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
     found = sorted({int(o) for o in re.findall(r'use\.py:(\d+):\d+ - error', res.stdout)})
     first = (_right+_wrong).split('\n').index('discriminative_learner(object(), \'resnet18\')')+1
