@@ -18,6 +18,7 @@ from importlib.metadata import entry_points
 from typing import Callable
 
 import timm
+from fastcore.basics import tuplify
 from timm.models._registry import get_deprecated_models
 from torch import nn
 
@@ -63,13 +64,13 @@ def register_family(
     exist_ok:bool=False, # Replace a family of the same name?
 )->Callable: # Decorator for the function that yields a backbone's layers in execution order
     "Register a `Family`; raises `FamilyError` if `name` is taken, or if neither `modules` nor `archs` is given"
-    tup = lambda o: tuple(o) if isinstance(o, (list,tuple)) else (o,)
+    modules,archs = tuplify(modules),tuplify(archs)
     if not modules and not archs: raise FamilyError(f"Family {name!r} has neither `modules` nor `archs`, so no model could match it. Pass at least one of them.")
-    _check_names(name, tup(modules), tup(archs))
+    _check_names(name, modules, archs)
     def _inner(layers):
         if name in _families and not exist_ok:
             raise FamilyError(f"Family {name!r} is already registered. Choose another name, or pass `exist_ok=True` to replace it.")
-        _families[name] = Family(name, layers, tup(modules), tup(archs), n_groups, recipes or {}, source)
+        _families[name] = Family(name, layers, modules, archs, n_groups, recipes or {}, source)
         _find_name.cache_clear()
         return layers
     return _inner

@@ -255,4 +255,10 @@ def test_names_that_are_near_to_nothing(typed):
     (dict(archs='My('), r"regular expressions, and 'My\(' is none"), (dict(archs=['ok','*x']), "'\\*x' is none")])
 def test_a_family_that_no_model_could_match_is_refused_and_harms_nobody(kw, msg):
     with pytest.raises(FamilyError, match=msg): register_family('odd', **kw)(lambda m: [])
+
+@pytest.mark.parametrize('archs', ['mine', ['mine'], ('mine',), {'mine'}, (o for o in ['mine'])], ids=lambda o: type(o).__name__)
+def test_names_in_any_collection(monkeypatch, archs):
+    monkeypatch.setattr(registry, '_families', dict(registry._families))
+    register_family('odd', archs=archs)(_stem)
+    assert registry._families['odd'].archs==('mine',)
     assert 'odd' not in _families and find_family(nn.Linear(2,2)).layers is None
