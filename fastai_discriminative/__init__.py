@@ -28,8 +28,8 @@ Modules:
 - `fastai_discriminative.groups`: Divide any model into named layer groups in execution order, with the new head last
 - `fastai_discriminative.holding`: A base class for callbacks that change a learner during a fit, and undo it however the fit ends
 - `fastai_discriminative.html_report`: One HTML file about a fine-tune: groups, rates, history, evidence, environment, and the code to repeat it
-- `fastai_discriminative.image_folder`: Your own images and their labels: folders of classes or a table, what is refused and why, and a fair deal into parts
-- `fastai_discriminative.image_table`: Which column of a table names the images, and which holds their labels
+- `fastai_discriminative.image_folder`: Find your own images and their labels in folders or a table, and divide them into parts of the same class mix
+- `fastai_discriminative.image_table`: Find the column of a table that names the images, and the one that holds their labels
 - `fastai_discriminative.jobs`: What the commands do: train once, with several seeds, in folds or by several strategies, and predict; and what they leave behind
 - `fastai_discriminative.layers`: For each parameter of a model: its layer and depth, and whether it is new, in a norm, without weight decay, shared or unused
 - `fastai_discriminative.learner`: Layer groups, preset learning rates and true freezing for any fastai `Learner`

@@ -7,7 +7,8 @@ from fastai_discriminative.all import * # a test may not leave behind what an im
 from fastai_discriminative.cli import main
 
 pytestmark = pytest.mark.xdist_group('completion')
-pytest.importorskip('shtab', reason='of the extra `completion`')
+# `.ci/run` installs shtab with the extra `dev`; the oldest versions are tested without that extra
+pytest.importorskip('shtab', reason='shtab is not installed: it comes with the extras `completion` and `dev`')
 
 @pytest.fixture(scope='module')
 def script(tmp_path_factory):
@@ -48,7 +49,8 @@ class _Bash:
         self.proc.wait()
         os.close(self.fd)
 
-@pytest.mark.skipif(not shutil.which('bash'), reason='no bash here')
+# A script can only be tried in its own shell; `.ci/run`, itself in bash, installs the two others where it may
+@pytest.mark.skipif(not shutil.which('bash'), reason='bash is not installed')
 def test_bash(script, tmp_path, capsys):
     (tmp_path/'photos').mkdir()
     bash = _Bash(script('bash', capsys), tmp_path)
@@ -60,13 +62,13 @@ def test_bash(script, tmp_path, capsys):
             assert bash.complete(f'fastai-discriminative {line}')==f'fastai-discriminative {want}'
     finally: bash.close()
 
-@pytest.mark.skipif(not shutil.which('fish'), reason='no fish here')
+@pytest.mark.skipif(not shutil.which('fish'), reason='fish is not installed: `apt-get install fish`')
 def test_fish(script, tmp_path, capsys):
     ask = f"source {script('fish', capsys)}; complete -C 'fastai-discriminative preset vit_base_patch16_224.ma'; complete -C 'fastai-discriminative finetune x --strategy lp'"
     res = subprocess.run(['fish','--no-config','-c',ask], capture_output=True, text=True, env={**os.environ, 'HOME':str(tmp_path)})
     assert [o.split('\t')[0] for o in res.stdout.splitlines()]==['vit_base_patch16_224.mae','lp_ft'], res.stderr
 
-@pytest.mark.skipif(not shutil.which('zsh'), reason='no zsh here')
+@pytest.mark.skipif(not shutil.which('zsh'), reason='zsh is not installed: `apt-get install zsh`')
 def test_zsh_finds_its_script(script, tmp_path, capsys):
     shutil.copy(script('zsh', capsys), tmp_path/'_fastai-discriminative')
     ask = f"fpath=({tmp_path} $fpath); autoload -U compinit; compinit -D -u; print $_comps[fastai-discriminative]; autoload +X _fastai-discriminative && print read"

@@ -5,7 +5,7 @@
     python tools/test_versions.py --newest --save  # the same tests on what is installed
 
 The first run takes about 3 GB of downloads and 6 GB of disk: on Linux, torch of that time comes with CUDA's libraries.
-Exit status: 0 if all tests pass, 1 if one fails, 3 if the versions cannot be installed here.
+Exit status: 0 if all tests pass, 1 if one fails, 3 if the versions cannot be fetched here.
 """
 import hashlib,json,os,re,subprocess,sys,tempfile
 from datetime import date
@@ -35,7 +35,7 @@ def oldest_python(text):
     return sys.executable
 
 def build(venv):
-    "Make `venv` with the oldest versions, unless it has them; its Python"
+    "Make `venv` with the oldest versions, unless it has them; its Python. Exits with 3 where they cannot be fetched"
     text = (root/'pyproject.toml').read_text(encoding='utf-8')
     python,extras = oldest_python(text),['.[demo]', 'pytest', 'pytest-xdist', 'setuptools>=77']
     asked = re.findall(r'^(?:requires-python|dependencies|demo) = .*$', text, re.M)
@@ -45,8 +45,13 @@ def build(venv):
     if (venv/'lock').exists() and (venv/'lock').read_text()==lock: _pip('--no-deps', '--no-build-isolation', '-e', '.')
     else:
         subprocess.run([python, '-m', 'venv', '--clear', str(venv)], check=True)
-        _pip('-U', 'pip') # that of an old Python fetches whole packages to read what they need
-        _pip('--no-compile', '-c', str(oldest), '-e', *extras)
+        try:
+            _pip('-U', 'pip') # that of an old Python fetches whole packages to read what they need
+            _pip('--no-compile', '-r', str(oldest))
+        except subprocess.SubprocessError as e:
+            print(f"The oldest versions cannot be fetched here, so nothing was tested: {e}")
+            sys.exit(3)
+        _pip('--no-compile', '-c', str(oldest), '-e', *extras) # a fault in here is ours
         (venv/'lock').write_text(lock)
     return made
 
@@ -91,11 +96,7 @@ def main(
 ):
     "Run the tests of the core on the oldest versions, and fail if one of them does"
     which,ran = 'newest' if newest else 'oldest',_record()
-    try: python = sys.executable if newest else build((root/venv).absolute())
-    except subprocess.SubprocessError as e:
-        print(f"The oldest versions cannot be installed here, so nothing was tested: {e}")
-        sys.exit(3)
-    res = run(python)
+    res = run(sys.executable if newest else build((root/venv).absolute()))
     if not res: sys.exit(1)
     other = [f'{k} {ran[which][k]}' for k in ('python',*packages) if which in ran and ran[which][k]!=res[k]]
     if save: _write({**ran, which:res})
