@@ -2,7 +2,7 @@
 import os,random
 os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
-import numpy as np,pytest,torch
+import matplotlib.pyplot as plt,numpy as np,pytest,torch
 from PIL import Image
 from small_models import add_small_models
 
@@ -28,6 +28,12 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+@pytest.fixture(autouse=True)
+def no_figures():
+    "Each test starts without figures, whatever an earlier one drew: which of them share a process is chance"
+    yield
+    plt.close('all')
 
 @pytest.fixture(autouse=True)
 def no_leaks():
