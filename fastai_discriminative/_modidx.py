@@ -1489,6 +1489,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'fastai_discriminative/phases.py'),
                                               'fastai_discriminative.phases._ready': ( 'phases.html#_ready',
                                                                                        'fastai_discriminative/phases.py'),
+                                              'fastai_discriminative.phases._training_as_in': ( 'phases.html#_training_as_in',
+                                                                                                'fastai_discriminative/phases.py'),
                                               'fastai_discriminative.phases.find_strategy': ( 'phases.html#find_strategy',
                                                                                               'fastai_discriminative/phases.py'),
                                               'fastai_discriminative.phases.list_strategies': ( 'phases.html#list_strategies',

@@ -11,11 +11,13 @@ __all__ = ['Phase', 'StrategyRun', 'Strategy', 'register_strategy', 'list_strate
 
 # %% ../nbs/07b_phases.ipynb #752ce460
 import inspect,math,warnings
+from contextlib import contextmanager
 from dataclasses import dataclass,replace
 
 from fastai.basics import *
 
 from .core import *
+from .backbone import *
 from .groups import *
 from .names import *
 from .probe import *
@@ -311,6 +313,19 @@ def _fit_phases(learn, phases, keeper, wd, cbs, start_epoch, file):
         if cached is not own: cached.close()
 
 # %% ../nbs/07b_phases.ipynb #97c8c255
+@contextmanager
+def _training_as_in(learn, p):
+    "Let those parameters train that train in phase `p`; restore this on exit"
+    groups,opt = learn.splitter.find(learn.model),learn.opt
+    flags = {n:(o, o.requires_grad) for n,o in named_params(learn.model).items() if n in groups.where}
+    def _by_hand(n): return n in learn.true_freeze.pinned or not flags[n][1] and groups.where[n]>=opt.frozen_idx
+    trains = {n for n in flags if groups.where[n]>=p.frozen%len(groups) and not _by_hand(n)}
+    try:
+        for n,(o,_) in flags.items(): o.requires_grad_(n in trains)
+        yield
+    finally:
+        for o,r in flags.values(): o.requires_grad_(r)
+
 def strategy_phases(
     learn:Learner, # A `Learner`; it is split if it has no layer groups
     strategy:str|Strategy|list='auto', # Name, `Strategy`, or list of `Phase`
@@ -320,7 +335,10 @@ def strategy_phases(
     "The phases that `fit_strategy` would run; raises the same `StrategyError` or `PresetError`"
     _ready(learn)
     peak,n = learn.peak_lrs,len(learn.opt.hypers)
-    def _rates(p): return _per_group(_resolve_lr(learn, p.lr(learn, 0) if callable(p.lr) else p.lr, cbs, p.n_epoch), n)
+    def _rates(p):
+        if callable(p.lr):
+            with _training_as_in(learn, p): p = replace(p, lr=p.lr(learn, 0))
+        return _per_group(_resolve_lr(learn, p.lr, cbs, p.n_epoch), n)
     try: return [replace(p, lr=_rates(p)) for p in _plan(learn, _as_strategy(strategy), n_epoch, cbs)]
     finally: learn.peak_lrs = peak
 

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 
 from fastai_discriminative.all import *
 from fastai_discriminative import pictures
+from fastai_discriminative.backbone import named_params
 from helpers import bright_dls,ours,pre_ours,snapshot,stock,unchanged
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,20 @@ def test_rates_of_a_phase_are_those_of_its_own_steps(bright):
     p = strategy_phases(learn, [Phase(3)])[0]
     learn.fit_strategy([Phase(3)])
     assert p.lr==pytest.approx(list(learn.peak_lrs)) and np.allclose(p.rates_at([.25])[:,0], p.lr)
+
+def test_measured_rates_are_those_of_their_phase_whatever_is_frozen_now(bright):
+    learn = pre_ours(bright_dls(bright), n_groups=4)
+    free = strategy_phases(learn, 'surgical', 2)[1].lr
+    learn.freeze()
+    was = snapshot(learn)
+    assert strategy_phases(learn, 'surgical', 2)[1].lr==pytest.approx(free) and min(free)>0
+    unchanged(learn, was)
+    learn.unfreeze()
+    for n in learn.layer_groups[1].param_names: named_params(learn.model)[n].requires_grad_(False)
+    was = snapshot(learn)
+    lrs = strategy_phases(learn, 'surgical', 2)[1].lr
+    assert lrs[1]==0 and lrs[0]>0 and lrs[3]>0
+    unchanged(learn, was)
 
 def test_long_fits_are_drawn_at_six_hundred_steps(dls):
     learn = stock(dls).split(3)
