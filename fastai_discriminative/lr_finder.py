@@ -125,7 +125,8 @@ def plot(self:FoundRates,
         if not one: ax.plot(found[n], np.interp(found[n], x, y), color=line.get_color(), marker='o', ms=5, mec='w')
     if one: ax.axvline(self.lrs[-1], color='#D55E00', ls='--', label='found')
     if self.bearable is not None: ax.axhline(self.bearable, color='#0072B2', ls=':', label='bearable in this fit')
-    ax.set(xscale='log', xlabel='learning rate of the head' if one else 'learning rate of the group', ylabel='share of the knowledge lost' if self.method=='trials' else 'smoothed training loss')
+    log_x(ax)
+    ax.set(xlabel='learning rate of the head' if one else 'learning rate of the group', ylabel='share of the knowledge lost' if self.method=='trials' else 'smoothed training loss')
     if one: ax.legend(frameon=False, fontsize=9)
     return ax
 
