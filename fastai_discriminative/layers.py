@@ -10,11 +10,11 @@ model, a wrapped model, or a model in another process. Layer groups are cut from
 __all__ = ['common_name', 'clean_trace', 'new_parts', 'ModelMap', 'model_map', 'ModelLayer']
 
 # %% ../nbs/01c_layers.ipynb #5b838b33
-import math
+import math,warnings
 from collections import Counter
 from dataclasses import dataclass,field,replace
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property,lru_cache
 from os.path import commonprefix
 from typing import Callable,Iterable
 
@@ -209,6 +209,26 @@ def _find_layers(model, bb, params, old, x, input_size):
     if tr: tr = replace(tr, order=[dot+n for n in tr.order], unused=[dot+n for n in tr.unused], uses=[], ends=0, output=None)
     return replace(res, layers=sorted(layers, key=lambda l: l.depth) if tr else layers, trace=tr)
 
+# %% ../nbs/01c_layers.ipynb #4575eed7
+@lru_cache(maxsize=None)
+def _torchvision_children(arch):
+    "Name and class of each child of the model that the torchvision function `arch` builds"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: return [(n, type(c)) for n,c in blank_model(arch).named_children()]
+        except Exception: return [] # it needs arguments
+
+def _named_as_in(layers, model, arch, dot):
+    "Give `layers`, whose names lack the prefix `dot`, their names in the torchvision model from which fastai cut the body of `model`"
+    start,body = cut_body(model)
+    if body is None or not getattr(arch, '__module__', '').startswith('torchvision.models'): return
+    mine,its = list(body.named_children()),_torchvision_children(arch)
+    if [type(c) for _,c in mine]!=[c for _,c in its[:len(mine)]]: return
+    names = {n:k for (n,_),(k,_) in zip(mine, its)}
+    for l in layers:
+        first,*rest = l.name.removeprefix('' if dot else start).split('.')
+        l.stage,l.name = l.stage,'.'.join([names.get(first, first), *rest]) # where groups are cut does not depend on these names
+
 # %% ../nbs/01c_layers.ipynb #92265342
 def _check_arch(arch, bb):
     if arch is None: return
@@ -367,6 +387,7 @@ def model_map(
     new = new_parts(model, new) if new else {}
     if lacking := _lacking(model, w.params): new = {'not in the checkpoint':lacking, **new}
     found = _find_layers(model, bb, w.params, _without(w.params, new), x, input_size)
+    _named_as_in(found.layers, model, arch, bb.prefix if bb else '')
     new = {k:ns for k,o in new.items() if (ns := tuple(n for n in o if n not in found.head))}
     name,head_name = type(model).__name__,'decoder' if type(model).__name__=='DynamicUnet' else 'head'
     return ModelMap(found.layers, tuple(found.head), new, found.rule, bb.family.name if bb else name, bb.arch if bb else '',

@@ -1,10 +1,13 @@
 "The map of a model: its information on each parameter, depth by path, and that it fits copies"
-import pickle
+import pickle,types
+from collections import Counter
 from copy import deepcopy
 
 import pandas as pd,pytest,timm,torch,torchvision
 from torch import nn
 
+from fastai.vision.learner import create_vision_model
+from fastai_discriminative import layers
 from fastai_discriminative.all import *
 from fastai_discriminative.trace import blank_model
 from small_models import newer
@@ -242,3 +245,24 @@ def test_torchvision_detection_and_segmentation(name):
     body = {n for l in mm.layers for n in l.param_names}
     assert body and all(n.startswith('backbone.') and not n.startswith(('backbone.fpn','backbone.extra')) for n in body)
     assert set(mm.head)=={n for n,_ in m.named_parameters()}-body
+
+# ---- torchvision's names
+
+@pytest.mark.parametrize('name', ['resnet18','resnet34','squeezenet1_1','densenet121','vgg11_bn','convnext_tiny','shufflenet_v2_x1_0'])
+def test_a_body_that_fastai_cut_has_the_names_of_torchvision(name, monkeypatch):
+    arch = getattr(torchvision.models, name)
+    model,whole = create_vision_model(arch, 2, pretrained=False),dict(blank_model(arch).named_modules())
+    m,cuts = model_map(model, arch),layer_groups(model, arch=arch)
+    for l in m.layers:
+        its = Counter(tuple(p.shape) for p in whole[l.name].parameters())
+        assert its and its<=Counter(m.shapes[n] for n in l.param_names), l.name
+    assert len({l.name for l in m.layers})==len(m.layers)
+    monkeypatch.setattr(layers, '_named_as_in', lambda *a: None)
+    assert [g.param_names for g in layer_groups(model, arch=arch)]==[g.param_names for g in cuts] # the cuts do not depend on the names
+
+def test_a_body_that_is_not_as_its_function_builds_it_keeps_its_numbers():
+    own = nn.Sequential(create_vision_model(torchvision.models.resnet18, 2, pretrained=False)[0], nn.Linear(512, 2))
+    own[0][1] = nn.GroupNorm(8, 64)
+    found = [types.SimpleNamespace(name='4.0')]
+    layers._named_as_in(found, own, torchvision.models.resnet18, '0.')
+    assert found[0].name=='4.0'

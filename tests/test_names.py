@@ -1,5 +1,7 @@
 "Groups and rates by name: the same as by number, or a helpful error"
-import numpy as np,pytest,timm
+import pickle
+
+import numpy as np,pytest,timm,torchvision
 from fastai.vision.all import Callback,set_seed
 
 from fastai_discriminative.all import *
@@ -70,6 +72,15 @@ def test_freeze_to_what_is_no_group(dls, bad, words):
 def test_a_learner_without_layer_groups_is_fastais(dls):
     learn = stock(dls)
     with pytest.raises(TypeError): learn.freeze_to('layer3')
+
+def test_a_resnet_of_torchvision_has_the_names_of_torchvision(dls):
+    learn = stock(dls, torchvision.models.resnet18).split()
+    for i,n in enumerate(('conv1','layer1','layer2','layer3','layer4','head')):
+        learn.freeze_to(n)
+        assert learn.opt.frozen_idx==i
+    again = pickle.loads(pickle.dumps(learn))
+    again.freeze_to('layer3')
+    assert again.opt.frozen_idx==3 and again.layer_groups.names==learn.layer_groups.names
 
 def test_phases_by_name_are_phases_by_number(dls):
     def run(*frozen):
