@@ -76,7 +76,8 @@ class AutoEvidence:
     def _title(self):
         rates = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g} over {len(self.lrs)} groups" if self.lrs else 'none: the body stays as it is'
         gain = " The body gained nothing on the validation images, so the head alone stays." if any(p.taken and p.name=='head' for p in self.points) and self.lrs else ''
-        return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Rates of the body: {rates}. {self.why}{gain}"
+        early = ''.join(f' {p.note}' for p in self.points)
+        return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Rates of the body: {rates}. {self.why}{early}{gain}"
     def _tables(self):
         "Headings and rows of the trials, and of the points that the fit could end with"
         tried = [(f'{t.lr:.2g}', f'{t.loss:.3f}', f'{t.damage:.2f}', 'yes' if t.damage<=self.bearable else 'no') for t in self.trials]

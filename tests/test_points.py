@@ -6,7 +6,7 @@ from torch import nn
 from fastai.vision.all import Callback,CrossEntropyLossFlat,BCEWithLogitsLossFlat,MSELossFlat
 
 from fastai_discriminative.all import *
-from fastai_discriminative import phases as ph
+from fastai_discriminative import phases as ph, points
 from fastai_discriminative.points import *
 from helpers import *
 from helpers import pre_ours as ours
@@ -87,15 +87,44 @@ def test_nothing_finite(): assert pick_point([_point('end', math.nan, 1.)], np.g
 @pytest.mark.parametrize('lr', [1e-4,3.])
 def test_the_fit_ends_with_the_point_that_was_picked(dls, lr):
     learn,look = ours(dls),Look()
-    learn.fit_strategy(head_then(lr), 3, cbs=look)
+    learn.fit_strategy(head_then(lr), 2, cbs=look)
     ps = look.best.points
     assert [p.name for p in ps]==['head','end','average','halfway']
     best = pick_point(ps, np.greater)
     assert [float(o) for o in learn.recorder.values[-1]]==pytest.approx([float(o) for o in best.row])
-    assert len(learn.recorder.values)==k+3+(best.name!='end')==len(learn.recorder.iters)
+    assert len(learn.recorder.values)==k+2+(best.name!='end')==len(learn.recorder.iters)
     if lr==3.: assert best.name!='end'
     assert best.value>=ps[0].value
     assert list(map(float, learn.validate()))==pytest.approx(list(map(float, best.row[1:])), rel=1e-4)
+
+def test_a_body_that_lost_what_the_head_knew_ends_early_and_says_so(dls):
+    learn,look = ours(dls),Look()
+    learn.fit_strategy(head_then(3.), 5, cbs=look)
+    ps = look.best.points
+    assert [p.name for p in ps]==['head','end','average','halfway'] and ps[0].taken
+    assert len(learn.recorder.values)==k+3+1 and 'after 3 of 5 epochs' in ps[1].note and not (ps[0].note or ps[2].note)
+    assert list(map(float, learn.validate()))==pytest.approx(list(map(float, ps[0].row[1:])), rel=1e-4)
+    assert 'ended after 3 of 5 epochs' in repr(AutoEvidence(1., 'accuracy', [], .3, [1e-3,1e-3], 'Why.', ps))
+
+@pytest.mark.parametrize('n_epoch', [1,2,3,4])
+def test_short_phases_end_early_only_after_three_fifths(dls, n_epoch):
+    learn = ours(dls)
+    learn.fit_strategy(head_then(3.), n_epoch)
+    assert len(learn.recorder.values)==k+min(n_epoch, {4:3, 3:2}.get(n_epoch, 9))+1
+
+@pytest.mark.parametrize('share,loss', [(.49,9.), (9.,0.), (math.nan,9.)])
+def test_a_loss_that_may_come_back_ends_nothing(dls, share, loss, monkeypatch):
+    monkeypatch.setattr(points, 'lost_share', lambda *a: share)
+    monkeypatch.setattr(points, 'tempered_loss', lambda *a: loss)
+    learn,look = ours(dls),Look()
+    learn.fit_strategy(head_then(3.), 5, cbs=look)
+    assert not any(p.note for p in look.best.points) and len(learn.recorder.values)>=k+5
+
+def test_the_share_that_is_lost():
+    y = torch.tensor([0]*30+[1]*10)
+    knows_nothing = -(.75*math.log(.75)+.25*math.log(.25))
+    assert lost_share(.2, .2, y)==0 and lost_share(knows_nothing, .2, y)==pytest.approx(1) and lost_share(.1, .2, y)<0
+    assert lost_share(9., knows_nothing+.1, y)==0 and lost_share(9., .1, torch.zeros(40).long())==0 # nothing to lose
 
 def test_points_are_what_they_are_called(dls):
     learn,look,seen = ours(dls),Look(),{}
