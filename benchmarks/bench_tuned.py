@@ -65,6 +65,10 @@ def fine_tune_found(learn, n_epoch, cbs):
     with learn.no_bar(), learn.no_logging(): lr = learn.lr_find(show_plot=False, suggest_funcs=(SuggestionMethod.Valley,)).valley
     learn.fine_tune(n_epoch, lr, cbs=cbs)
 
+def lp_slice(lr, learn, n_epoch, cbs):
+    "A cell of the sweep: the head on cached features, then everything at `slice(lr/10, lr)` in one cycle, without trials or a choice of points"
+    learn.fit_strategy([Phase(10, frozen=-1, cached=True), Phase(n_epoch, slice(lr/10, lr), train_norm='running')], cbs=cbs)
+
 class Ema(Callback):
     "timm's averaged weights, which are the model's when the fit is over"
     order = 58 # before what looks at the end of the fit
@@ -138,10 +142,11 @@ def logistic(learn, n_epoch, cbs):
 
 # ---- cases
 
-base_lrs,layer_lrs = (2e-3,5e-3,1e-2,2e-2),(1e-4,3e-4,1e-3)
+base_lrs,layer_lrs,cells = (2e-3,5e-3,1e-2,2e-2),(1e-4,3e-4,1e-3),(3e-5,1e-4,3e-4,1e-3)
 ours = {'head alone':'feature_extraction', "auto's head":[Phase(10, frozen=-1, cached=True)], 'auto':'auto'}
 tuned = {'fine_tune': {f'fine_tune {lr:g}':partial(fine_tune, lr) for lr in base_lrs},
-    'timm': {f'timm {lr:g}':partial(layer_decay, lr, .75, True, .1) for lr in layer_lrs}}
+    'timm': {f'timm {lr:g}':partial(layer_decay, lr, .75, True, .1) for lr in layer_lrs},
+    'slice': {f'slice {lr:g}':partial(lp_slice, lr) for lr in cells}}
 fixed = {'logistic':logistic, 'fine_tune lr_find':fine_tune_found, 'autogluon':partial(layer_decay, 1e-4, .9, False, .1), 'prodigy':prodigy, 'finetuning-scheduler':fts}
 cases = ['clipart-lite0-160-600-10','elpv-lite0-160-600-10','fashion-lite0-160-600-10']
 
