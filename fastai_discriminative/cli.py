@@ -126,7 +126,7 @@ def _add_folder(p):
     p.add_argument('--workers', type=_procs, default=0, help='number of processes that load images (default: %(default)s)')
 
 # %% ../nbs/15_cli.ipynb #3df55563
-_layout = 'FOLDER/CLASS/image.jpg, FOLDER/train and FOLDER/valid with such folders, or FOLDER/train.csv with images in FOLDER/train, FOLDER/train_images or FOLDER/images'
+_layout = 'a folder of images: FOLDER/CLASS/image.jpg, or the same under FOLDER/train and FOLDER/valid, or FOLDER/train.csv with images in FOLDER/train, FOLDER/train_images or FOLDER/images'
 
 def _add_finetune(p):
     _add_folder(p)
@@ -217,9 +217,9 @@ def _parser():
     p.add_argument('--data', choices=('clipart','elpv'), default='clipart', help='drawings in 12 classes, or photographs of solar cells in 4 (default: %(default)s)')
     _add_strategy(p)
     _add_training(p, 128, 1, 'discriminative-demo', 600)
-    _add_finetune(_new('finetune', _job('run_finetune'), 'fine-tune a timm backbone on a folder of images', f'Fine-tune a timm backbone on {_layout}. Unreadable images are left out and named.'))
+    _add_finetune(_new('finetune', _job('run_finetune'), 'fine-tune a timm backbone on a folder of images', f'Fine-tune a timm backbone on {_layout}. Unreadable images are left out with a warning.'))
     _add_predict(_new('predict', _job('run_predict'), 'write the predictions of trained learners for new images', 'Write the predictions of one or more trained learners for new images, for example as a submission.'))
-    _add_compare(_new('compare', _job('run_compare'), 'fine-tune by several strategies, with several seeds', f'Fine-tune a timm backbone on {_layout} by several strategies. If you run the command again, it continues where it stopped.'))
+    _add_compare(_new('compare', _job('run_compare'), 'fine-tune by several strategies, with several seeds', f'Compare several strategies by fine-tuning a timm backbone on {_layout}. If you run the command again, it continues where it stopped.'))
     p = _new('groups', _cmd_groups, 'print the layer groups of a timm architecture')
     p.add_argument('arch', metavar='ARCH', help='timm architecture, such as convnext_tiny')
     p.add_argument('--n-groups', type=_n_groups, metavar='N|block', help="number of groups, including the head, or 'block' for one group per layer (default: the family's number)")
