@@ -12,7 +12,7 @@ Modules:
 - `fastai_discriminative.best`: Keep the weights of the best epoch during a fit, and restore them at its end
 - `fastai_discriminative.builder`: `vision_learner` with layer groups and a preset, for any architecture of timm, torchvision or fastai
 - `fastai_discriminative.checks`: Run every check of a splitter or a family with one line of pytest
-- `fastai_discriminative.cli`: `fastai-discriminative`: fine-tune on a folder of images, look at groups and presets, run the demo
+- `fastai_discriminative.cli`: `fastai-discriminative`: fine-tune on a folder of images, write a submission, show groups and presets, run the demo
 - `fastai_discriminative.compare`: Compare fine-tuning strategies on your own data, with several seeds, in one call
 - `fastai_discriminative.coverage`: Which architectures were checked, how their layers were found, and which checks fail
 - `fastai_discriminative.explain`: What `help` says of every parameter
@@ -28,9 +28,9 @@ Modules:
 - `fastai_discriminative.groups`: Divide any model into named layer groups in execution order, with the new head last
 - `fastai_discriminative.holding`: A base class for callbacks that change a learner during a fit, and undo it however the fit ends
 - `fastai_discriminative.html_report`: One HTML file about a fine-tune: groups, rates, history, evidence, environment, and the code to repeat it
-- `fastai_discriminative.image_folder`: Find your own images and their labels in folders or a table, and divide them into parts of the same class mix
-- `fastai_discriminative.image_table`: Find the column of a table that names the images, and the one that holds their labels
-- `fastai_discriminative.jobs`: What the commands do: train once, with several seeds, in folds or by several strategies, and predict; and what they leave behind
+- `fastai_discriminative.image_folder`: Find your own images and their labels in folders or a table, and divide them into parts with the same share of each class
+- `fastai_discriminative.image_table`: Find the columns of a table that hold the image names and the labels
+- `fastai_discriminative.jobs`: The code behind the commands: train once, with several seeds, in folds or by several strategies, predict, and save the results
 - `fastai_discriminative.layers`: For each parameter of a model: its layer and depth, and whether it is new, in a norm, without weight decay, shared or unused
 - `fastai_discriminative.learner`: Layer groups, preset learning rates and true freezing for any fastai `Learner`
 - `fastai_discriminative.lr_finder`: Find a learning rate for each group, by short annealed trials or by a range test
@@ -42,7 +42,7 @@ Modules:
 - `fastai_discriminative.phases`: Fine-tune in phases: which groups train, for how long and how fast, all in one fit
 - `fastai_discriminative.pictures`: Line plots and maps of layer groups over time, with readable names for three groups or forty
 - `fastai_discriminative.points`: Choose the best of the head alone, the final weights, their average and a point in between
-- `fastai_discriminative.predict`: From trained learners to a submission: a folder or a table of images, test-time augmentation, ensembles, out-of-fold predictions
+- `fastai_discriminative.predict`: From trained learners to a submission: a folder or table of images, test-time augmentation, ensembles, out-of-fold predictions
 - `fastai_discriminative.presets`: Learning rates for a pretrained backbone, derived from published recipes and the way its checkpoint was trained
 - `fastai_discriminative.probe`: Inspect a model and its data without changing them or the random numbers
 - `fastai_discriminative.ranks`: Train one model in several processes: average the gradients of all training parameters, and let all processes make the same decisions

@@ -143,7 +143,7 @@ def test_interrupt_after_an_epoch_keeps_what_was_best(photos, tmp_path):
     p.send_signal(signal.SIGINT)
     _,err = p.communicate(timeout=60)
     out = tmp_path/'discriminative-photos'
-    assert p.returncode==130 and 'What was best until then is in' in err and 'Traceback' not in err
+    assert p.returncode==130 and 'The results up to then are in' in err and 'Traceback' not in err
     assert sorted(o.name for o in out.iterdir())==['history.csv','learner-fold1.pkl','oof.csv','run.json']
     run = json.loads((out/'run.json').read_text())
     assert run['stopped']=='by Ctrl-C' and run['results'][0]['accuracy']==pytest.approx(run['out_of_fold'])
@@ -160,7 +160,7 @@ def test_a_folder_becomes_a_submission(photos, tmp_path, monkeypatch, capsys):
     assert main(['finetune','comp',*_quick])==main(['predict','discriminative-comp/learner.pkl','comp'])==0
     df = pd.read_csv('submission.csv')
     assert list(df.id)==[4,3,2,1,0] and set(df.label)<={'flags','food'}
-    assert 'is there already' in _fails(capsys, 'predict', 'discriminative-comp', 'comp') and pd.read_csv('submission.csv').equals(df)
+    assert 'already exists' in _fails(capsys, 'predict', 'discriminative-comp', 'comp') and pd.read_csv('submission.csv').equals(df)
     assert 'no folder' in _fails(capsys, 'predict', 'discriminative-comp', 'comp', '--csv', 'nowhere/x.csv')
     assert main(['predict','discriminative-comp','comp','--overwrite','--tta','2','--ensemble','discriminative-comp/learner.pkl'])==0
     assert main(['finetune','comp',*_quick])==0 and (tmp_path/'discriminative-comp-2'/'learner.pkl').exists()
@@ -178,7 +178,7 @@ def test_json_is_all_that_stdout_has(photos, tmp_path, capsys):
 def test_folds(photos, tmp_path, capsys):
     out = tmp_path/'out'
     assert main(['finetune',str(photos),*_quick,'--folds','3','--out',str(out)])==0
-    assert 'Out of fold' in capsys.readouterr().out
+    assert 'Out-of-fold accuracy' in capsys.readouterr().out
     oof = pd.read_csv(out/'oof.csv')
     assert len(oof)==48 and oof.file.is_unique and (oof.truth==oof.file.map(lambda o: Path(o).parent.name)).all() and len(list(out.glob('learner-fold?.pkl')))==3
     assert (oof.label==oof[['probability flags','probability food']].idxmax(1).str.removeprefix('probability ')).all()
@@ -194,18 +194,18 @@ def test_compare_goes_on_where_it_stopped(photos, tmp_path, capsys):
     jobs = json.loads((tmp_path/'c'/'comparison.json').read_text())['jobs']
     assert jobs[0]==first[0] and {(j['strategy'],j['seed']) for j in jobs}=={(s,k) for s in ('uniform','fastai') for k in (0,1)}
     assert Image.open(tmp_path/'c'/'comparison.png').size[0]>500 and '4 fits' in capsys.readouterr().out
-    assert "begun with size=32, and now it is 48" in _fails(capsys, *args, '--size', 48)
+    assert "started with size=32, but now it is 48" in _fails(capsys, *args, '--size', 48)
     assert "Did you mean 'lp_ft'" in _fails(capsys, *args, '--strategies', 'lpft')
 
 @pytest.mark.parametrize('folds', [[], ['--folds','2']])
 def test_a_time_limit_leaves_what_was_best(folds, photos, tmp_path, capsys):
     args = ['finetune',str(photos),*_quick,*folds,'--epochs','5000','--out',str(tmp_path/'out')]
     assert main([*args,'--time-limit','.08'])==0
-    how = 'after 0.08 minutes'+(', dealt out to 2 folds' if folds else '')
+    how = 'after 0.08 minutes'+(', divided between 2 folds' if folds else '')
     assert f'Stopped {how}.' in capsys.readouterr().out
     run = json.loads((tmp_path/'out'/'run.json').read_text())
     assert run['stopped']==how and len(run['results'])==len(list((tmp_path/'out').glob('learner*.pkl')))==(2 if folds else 1)
-    assert re.search('no time for an epoch|no learner to ask', _fails(capsys, *args, '--time-limit', '1e-6', '--overwrite'))
+    assert re.search('no time for an epoch|no learners to predict with', _fails(capsys, *args, '--time-limit', '1e-6', '--overwrite'))
 
 @pytest.fixture
 def comp(photos, tmp_path):

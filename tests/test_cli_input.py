@@ -69,17 +69,17 @@ refused = [(2, *o) for o in [
     *[(['groups','resnet10t','--n-groups',o], 'impossible') for o in ('-1','0','1','1000000000')], *[(['groups','resnet10t','--n-groups',o], 'neither a whole number') for o in ('BLOCK','1e3','')],
     (['preset','resnet10t','--bs','1'+'0'*30], 'below a billion'), (['preset','resnet10t','--n-steps','0'], 'at least 1'), (['preset','resnet10t','--size','9'*400], 'from 8 to 8192'),
     ([], 'usage'), (['bogus'], 'invalid choice'), (['groups'], 'required'), (['groups','--'], 'required'), (['demo','--data',''], 'invalid choice'), (['--debug'], 'usage'), (['finetune','ok'], '--arch'),
-    *[(_fits(o)[0], 'is no name of a file or folder') for o in ('', 'a\0b', '~nouser/x')], *[(_fits(o)[0], 'is not a folder') for o in ('/dev/null','afile','selfloop')],
+    *[(_fits(o)[0], 'is not a name of a file or folder') for o in ('', 'a\0b', '~nouser/x')], *[(_fits(o)[0], 'is not a folder') for o in ('/dev/null','afile','selfloop')],
     *[(_fits(o)[0], 'does not exist') for o in ('nowhere','afile/x')], (_fits('ok/a')[0], 'outside of any class'), (_fits('empty')[0], 'No images to train on'), (_fits('onlyloop')[0], 'in 0 sub-folders. Expected'), (_fits('tv')[0], 'No images to validate on'),
     (_fits('one')[0], 'Only one class'), (_fits('few')[0], 'Too few images'),
     *[([*_ok,'--size',o], 'from 8 to 8192') for o in ('1','0','-3','1000000000','x')], *[([*_ok,'--bs',o], 'at least 2') for o in ('1','0','1000000000')], *[([*_ok,'--valid-pct',o], 'between 0 and 1') for o in ('0','1','nan')],
     *[([*_ok,'--seed',o], 'from 0 to') for o in ('-1','1'+'0'*30)], ([*_ok,'--threads','1000000000'], 'from 1 to 1024'), ([*_ok,'--workers','1000000'], 'from 0 to 256'), ([*_ok,'--epochs','0'], 'at least 1'),
-    *[([*_ok,'--out',o], 'is no name') for o in ('','x\0y','~nouser/x')], *[([*_ok,'--out',o], 'Cannot make the folder') for o in ('/dev/null','afile','selfloop','afile/x','new/deep/'+'a'*300)],
-    (['finetune','ok','--arch','resnet10t','--quiet','--weights-file','w.pth','--out','neu/deep'], 'cannot be read'), *[([*_ok,'--weights-file',o], 'is no name') for o in ('','~nouser/w.pth')], *[(['finetune','ok','--arch','resnet10t','--quiet','--weights-file',o], m) for o,m in
+    *[([*_ok,'--out',o], 'is not a name') for o in ('','x\0y','~nouser/x')], *[([*_ok,'--out',o], 'Cannot make the folder') for o in ('/dev/null','afile','selfloop','afile/x','new/deep/'+'a'*300)],
+    (['finetune','ok','--arch','resnet10t','--quiet','--weights-file','w.pth','--out','neu/deep'], 'cannot be read'), *[([*_ok,'--weights-file',o], 'is not a name') for o in ('','~nouser/w.pth')], *[(['finetune','ok','--arch','resnet10t','--quiet','--weights-file',o], m) for o,m in
         (('.','No checkpoint'),('w.pth','cannot be read'),('w.safetensors','cannot be read'),('w.dir','No checkpoint'),('/dev/null','No checkpoint'))],
     ([*_ok,'--strategy',''], 'Unknown strategy'), ([*_ok,'--strategy','nope'], 'Unknown strategy'), *[([*_ok,'--lr-low',o], 'positive learning rate') for o in ('nan','inf','0','-1','1e-300')],
     ([*_ok,'--lr-low','1e-3','--lr-high','1e-4'], 'Reversed'), ([*_ok,'--n-groups','-5'], 'impossible'), ([*_ok,'--n-train','1'], 'too few'), (['finetune','ok','--arch',''], 'Unknown architecture')]]
-refused += [(2, _fits(o, *a)[0], msg) for o,a,msg in [('table', (), "holds the labels: 'label', 'age'? Choose with `label_col='label'` (--label-col label)"), ('lost', _table, "'6' is no image under"), ('twice', _table, "more than once: '4'. Keep one row"),
+refused += [(2, _fits(o, *a)[0], msg) for o,a,msg in [('table', (), "holds the labels: 'label', 'age'? Choose with `label_col='label'` (--label-col label)"), ('lost', _table, "'6' is not an image under"), ('twice', _table, "more than once: '4'. Keep one row"),
     ('nan', _table, "Column 'label' of"), ('ragged', _table, 'cannot be read as a table'), ('table', ('--label-col','lable'), "Did you mean 'label'"), ('table', ('--id-col',''), "has no column ''"), ('table', (*_table,'--id-col','age'), '--id-col'),
     ('table', (*_table,'--group-col','x'), "no column 'x', which `group_col` names"), ('ok', _table, 'There is no table'), ('table', (*_table,'--group-col','label'), 'All images of'), ('table/train', (), 'outside of any class')]]
 refused += [(1, _fits('a'*300)[0], 'File name too long')]

@@ -78,4 +78,4 @@ def test_zsh_finds_its_script(script, tmp_path, capsys):
 def test_without_shtab(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'shtab', None)
     assert main(['completion','bash'])==2
-    assert capsys.readouterr().err.strip()=='fastai-discriminative: error: The scripts are made by shtab, which is not installed: `pip install shtab`.'
+    assert capsys.readouterr().err.strip()=='fastai-discriminative: error: Completion needs the package shtab, which is not installed: `pip install shtab`.'

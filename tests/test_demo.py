@@ -127,7 +127,7 @@ def test_train_and_valid_folders(tmp_path):
     shutil.rmtree(tmp_path/'train'/'dog')
     with pytest.raises(DataError, match='Only one class'): folder_images(tmp_path)
     _make(tmp_path/'train', 6, ('bird',))
-    with pytest.raises(DataError, match='validates on classes that it does not train on: dog'): folder_images(tmp_path)
+    with pytest.raises(DataError, match='has validation images of classes without training images: dog'): folder_images(tmp_path)
 
 def test_labels_are_the_folders_below_the_root(tmp_path):
     _make(tmp_path/'animals', 4)

@@ -87,7 +87,7 @@ def test_two_columns_that_name_images(tmp_path):
     _edit(root/'train.csv', lambda o: o.assign(path='train/'+o.id+'.png'))
     assert folder_images(root).source.startswith("'label'"), 'they name the same images, so neither holds labels'
     _edit(root/'train.csv', lambda o: o.assign(path=list(o.path[::-1])))
-    _refused("Columns 'id' and 'path' .* both name images, and not the same ones. Choose with `id_col='id'`", root)
+    _refused("Columns 'id' and 'path' .* both name images, but different ones. Choose with `id_col='id'`", root)
     assert folder_images(root, id_col='path').files[0].stem=='i11' and folder_images(root, id_col='id').files[0].stem=='i00'
 
 def test_the_numbers_of_the_rows_are_no_column(tmp_path):
@@ -98,7 +98,7 @@ def test_the_numbers_of_the_rows_are_no_column(tmp_path):
     assert fi.files[0].stem=='11' and fi.source.startswith("'label'")
 
 @pytest.mark.parametrize('kw,msg', [(dict(label_col='lable'), "no column 'lable', which `label_col` names. Did you mean 'label'"), (dict(id_col='ids'), "no column 'ids', which `id_col` names. Did you mean 'id'"),
-    (dict(group_col='x'), "no column 'x', which `group_col` names. It has: 'id', 'label'"), (dict(id_col='label'), "No column .* names images .*'cat' of column 'label' is no image there")])
+    (dict(group_col='x'), "no column 'x', which `group_col` names. It has: 'id', 'label'"), (dict(id_col='label'), "No column .* names images .*'cat' in column 'label' is not an image there")])
 def test_columns_that_are_not_there(kw, msg, tmp_path): _refused(msg, _comp(tmp_path), **kw)
 
 def test_columns_of_no_table(tmp_path):
@@ -115,12 +115,12 @@ def _set(i, col, v):
     return _f
 
 @pytest.mark.parametrize('edit,msg', [
-    (_set(3, 'id', 'i0x'), "Column 'id' of .* names 1 of 12 images that are not to be found: 'i0x' is no image under .*Did you mean '.*Bring the images"),
-    (_set(3, 'id', 'i04'), "Column 'id' .* names images more than once: 'i04'. Keep one row"), (lambda o: o.assign(id='q'+o.id), "No column of .*train.csv' names images under .*'qi00' of column 'id'"),
-    (_set(3, 'label', None), "Column 'label' .* is empty for 'i03'. Fill these cells"), (_set([3,4], 'label', 'nan'), "is empty for 'i03', 'i04'"), (lambda o: o.assign(label='cat'), "Only one class .*The labels are from 'label' of train.csv"),
-    (lambda o: o.drop(columns='label'), "has no column of labels: it has 'id', and no more"), (lambda o: o[:0], 'has no rows'), (lambda o: o[:3], 'Too few images'),
-    (lambda o: o.assign(label=[f'{k/7:.3f}' for k in range(12)]), "holds numbers such as 0.143, and no classes.*RegressionBlock"),
-    (lambda o: o.assign(label=['rust scab','rust','scab']*4), "several labels in a cell, such as 'rust scab'.*MultiCategoryBlock"), (lambda o: o.assign(label=['a|b','b','a','a|b']*3), 'several labels in a cell')])
+    (_set(3, 'id', 'i0x'), "In column 'id' of .*, 1 of 12 names cannot be matched to an image: 'i0x' is not an image under .*Did you mean '.*Add the images"),
+    (_set(3, 'id', 'i04'), "Column 'id' .* names images more than once: 'i04'. Keep one row"), (lambda o: o.assign(id='q'+o.id), "No column of .*train.csv' names images under .*'qi00' in column 'id'"),
+    (_set(3, 'label', None), "Column 'label' .* is empty for 'i03'. Fill these cells"), (_set([3,4], 'label', 'nan'), "is empty for 'i03', 'i04'"), (lambda o: o.assign(label='cat'), "Only one class .*The labels come from 'label' of train.csv"),
+    (lambda o: o.drop(columns='label'), "has no column of labels. It only has 'id'"), (lambda o: o[:0], 'has no rows'), (lambda o: o[:3], 'Too few images'),
+    (lambda o: o.assign(label=[f'{k/7:.3f}' for k in range(12)]), "holds numbers such as 0.143, not classes.*RegressionBlock"),
+    (lambda o: o.assign(label=['rust scab','rust','scab']*4), "several labels in one cell, such as 'rust scab'.*MultiCategoryBlock"), (lambda o: o.assign(label=['a|b','b','a','a|b']*3), 'several labels in one cell')])
 def test_tables_that_are_refused(edit, msg, tmp_path):
     root = _comp(tmp_path)
     _edit(root/'train.csv', edit)
@@ -142,7 +142,7 @@ def test_images_without_a_row_and_unreadable_ones_are_left_out(tmp_path):
     (root/'train'/'i05.png').write_bytes(b'no image')
     with pytest.warns(DataWarning) as w: fi = folder_images(root)
     assert len(fi.files)==len(fi.labels)==11 and [o.name for o in fi.unreadable]==['i05.png']
-    assert [s in str(o.message) for s,o in zip(('Left out, as train.csv has no row for them','Skipped 1 unreadable'), w)]==[True,True] and 'extra.png' in str(w[0].message)
+    assert [s in str(o.message) for s,o in zip(('Left out images without a row in train.csv','Skipped 1 unreadable'), w)]==[True,True] and 'extra.png' in str(w[0].message)
 
 # ---- groups
 
@@ -165,13 +165,13 @@ def test_groups_stay_whole(tmp_path):
 def test_groups_that_cannot_be_dealt_out(tmp_path):
     fi = folder_images(_patients(tmp_path), label_col='label', group_col='patient')
     fi.groups = ['a','b']*20
-    with pytest.raises(DataError, match='2 groups cannot be dealt out to 3 parts'): image_folds(fi, 3)
+    with pytest.raises(DataError, match='2 groups of images cannot be divided into 3 parts'): image_folds(fi, 3)
     fi.groups,fi.labels = [f'g{k//8}' for k in range(40)],['cat']*8+['dog']*32
-    with pytest.raises(DataError, match="All images of 'cat' are in one part of 4"): image_folds(fi, 4)
+    with pytest.raises(DataError, match="All images of 'cat' are in one of 4 parts"): image_folds(fi, 4)
     dls = demo_dls(fi, size=16, bs=4)
     assert len(dls.valid_ds)==8 and {dls.vocab[int(y)] for _,y in dls.valid_ds}=={'dog'}, 'each class is trained on'
     fi.groups = ['a']*40
-    with pytest.raises(DataError, match='1 groups cannot'): demo_dls(fi, size=16)
+    with pytest.raises(DataError, match='1 group of images cannot'): demo_dls(fi, size=16)
 
 def test_parts_without_groups_hold_the_same_share_of_each_class(tmp_path):
     fi = folder_images(_comp(tmp_path))

@@ -43,11 +43,11 @@ def test_order_of_the_table_and_of_the_folder(root):
 
 def test_labelled_images_are_not_asked_about(tmp_path, root):
     shutil.copytree(root/'train', tmp_path/'train')
-    _fails('outside of its folders', find_images, tmp_path)
+    _fails('Its folders `train`', find_images, tmp_path)
     _copy([next((root/'test').iterdir())], tmp_path/'other')
     assert [f.parent.name for f in find_images(tmp_path).files]==['other']
 
-@pytest.mark.parametrize('rows,msg', [(['nobody'], 'is no image'), ([], 'has no rows'), (['twin'], 'stands for several files')])
+@pytest.mark.parametrize('rows,msg', [(['nobody'], 'is not an image'), ([], 'has no rows'), (['twin'], 'stands for several files')])
 def test_a_table_that_names_what_is_not_there(rows, msg, tmp_path, root):
     src = next((root/'test').iterdir())
     for d in 'ab':
@@ -56,7 +56,7 @@ def test_a_table_that_names_what_is_not_there(rows, msg, tmp_path, root):
     pd.DataFrame(dict(id=rows)).to_csv(tmp_path/'test.csv', index=False)
     _fails(msg, find_images, tmp_path)
 
-@pytest.mark.parametrize('path,msg', [('nowhere','not there'), ('file.txt','neither a folder nor a table'), ('empty','No images to predict'), ('bad.csv','cannot be read as a table')])
+@pytest.mark.parametrize('path,msg', [('nowhere','does not exist'), ('file.txt','neither a folder nor a table'), ('empty','No images to predict'), ('bad.csv','cannot be read as a table')])
 def test_no_images(path, msg, tmp_path):
     (tmp_path/'file.txt').write_text('x')
     (tmp_path/'empty').mkdir()
@@ -92,9 +92,9 @@ def test_classes_in_another_order(learn, root):
 
 def test_other_classes_are_refused(learn, root, tmp_path):
     for c in ('flags','music'): _copy(sorted((clipart_path()/c).iterdir())[:8], tmp_path/'train'/c)
-    _fails('do not know the same classes', predict_images, [learn,_learner(tmp_path)], root)
+    _fails('do not predict the same classes', predict_images, [learn,_learner(tmp_path)], root)
 
-@pytest.mark.parametrize('content,msg', [(None,'No learner'), (b'x','cannot be loaded'), (dict(a=1),'cannot be loaded|holds a dict')])
+@pytest.mark.parametrize('content,msg', [(None,'No learner'), (b'x','cannot be loaded'), (dict(a=1),'cannot be loaded|contains a dict')])
 def test_no_learner(content, msg, root, tmp_path):
     f = tmp_path/'learner.pkl'
     if isinstance(content, bytes): f.write_bytes(content)
@@ -104,7 +104,7 @@ def test_no_learner(content, msg, root, tmp_path):
 def test_an_image_that_cannot_be_opened_has_a_row(learn, root, tmp_path):
     _copy((root/'test').iterdir(), tmp_path/'test')
     (tmp_path/'test'/'broken.png').write_bytes(b'no image')
-    with pytest.warns(UserWarning, match='1 images cannot be opened.*broken.png'): p = predict_images(learn, tmp_path)
+    with pytest.warns(UserWarning, match='1 image cannot be opened.*broken.png'): p = predict_images(learn, tmp_path)
     i = [f.name for f in p.images.files].index('broken.png')
     assert len(p.labels)==6 and np.allclose(p.preds[i], np.delete(p.preds, i, 0).mean(0), atol=1e-6)
 
@@ -124,7 +124,7 @@ def test_labels_and_probabilities(learn, root):
 def test_a_sample_that_does_not_fit(cols, kw, msg, learn, root):
     p = predict_images(learn, root)
     _fails(msg, p.table, pd.DataFrame(dict(id=p.images.ids[:2], **cols)), **kw)
-    _fails('1 rows without a prediction', p.table, pd.DataFrame(dict(id=['nobody'], label='x')))
+    _fails('1 row without a prediction', p.table, pd.DataFrame(dict(id=['nobody'], label='x')))
 
 def test_saved_whole(learn, root, tmp_path):
     p = predict_images(learn, root)
@@ -160,7 +160,7 @@ def test_out_of_fold(root):
     assert len(set(oof.images.files))==24 and oof.targets==[Path(o).parent.name for o in oof.images.files]
     k = len(learners[0].dls.valid_ds)
     assert np.allclose(oof.preds[k:], learners[1].get_preds()[0], atol=1e-6) and 0<=oof.accuracy<=1
-    _fails('Nobody knows', lambda: predict_images(learners, root).accuracy)
+    _fails('true labels of these images are unknown', lambda: predict_images(learners, root).accuracy)
 
 # ---- labels in a table, and samples of other forms
 
@@ -173,7 +173,7 @@ def test_a_sample_that_calls_images_by_a_number_of_the_table(learn, root, tmp_pa
     t = p.table(pd.DataFrame(dict(food=[0]*5, row=list('01234'), flags=0)))
     assert list(t.columns)==['food','row','flags'] and np.allclose(t[['flags','food']].values.astype(float), p.preds[::-1])
     assert p.table(pd.DataFrame(dict(row=['2'], label='food'))).values.tolist()==[['2',p.labels[2]]]
-    _fails("1 rows without a prediction, such as 'a' of column 'site'", p.table, pd.DataFrame(dict(site=['a'], label='food')))
+    _fails("1 row without a prediction, such as 'a' in column 'site'", p.table, pd.DataFrame(dict(site=['a'], label='food')))
 
 def test_the_names_need_not_come_first(learn, root):
     p = predict_images(learn, root/'test')
@@ -202,4 +202,4 @@ def test_from_a_table_to_a_submission_in_python(root, tmp_path):
 
 def test_a_learner_that_is_not_there_has_near_matches(root, tmp_path):
     (tmp_path/'discriminative-birds').mkdir()
-    _fails("No learner .*discriminative-bird'. Did you mean 'discriminative-birds'\\? Name a file .* or the folder that `finetune` made", predict_images, tmp_path/'discriminative-bird', root)
+    _fails("No learner .*discriminative-bird'. Did you mean 'discriminative-birds'\\? Give a file .* or the folder that `finetune` made", predict_images, tmp_path/'discriminative-bird', root)
