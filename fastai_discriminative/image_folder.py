@@ -184,14 +184,16 @@ def dealt_out(
     "Divide the images into `n` parts with the same share of each class, and keep groups whole, by scikit-learn's `StratifiedKFold` or `StratifiedGroupKFold`"
     from sklearn.model_selection import StratifiedGroupKFold,StratifiedKFold
     n_groups,kind = len(set(fi.groups or fi.files)),StratifiedGroupKFold if fi.groups else StratifiedKFold
-    if n_groups<n: raise DataError(f"{n_groups} group{'s' if n_groups>1 else ''} of images cannot be divided into {n} parts, because each group stays whole. Use fewer folds, or no `group_col` (--group-col).")
+    s,hint = '' if n_groups==1 else 's',', or no `group_col` (--group-col)' if fi.groups else ''
+    if n_groups<n: raise DataError(f"{n_groups} {f'group{s} of images' if fi.groups else f'image{s}'} cannot be divided into {n} parts. Use fewer folds{hint}.")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # about classes with few images
         parts = [v for _,v in kind(n, shuffle=True, random_state=seed).split(fi.files, fi.labels, fi.groups)]
     good = [v for v in parts if not _only_there(fi, v)]
     if len(good)==n or (some and good): return good
     lost = next(filter(None, (_only_there(fi, v) for v in parts)))
-    raise DataError(f"All images of {list_some(sorted(lost))} are in one of {n} parts, because groups stay whole, so no image is left to train on. Use fewer folds, another seed, or no `group_col` (--group-col).")
+    fix = f'Groups stay whole, so use fewer folds, another seed{hint}' if fi.groups else 'Add images, or leave this class out'
+    raise DataError(f"All images of {list_some(sorted(lost))} are in one of {n} parts, so no image is left to train on. {fix}.")
 
 # %% ../nbs/13b_image_folder.ipynb #294c884c
 explain_rooms(__name__)

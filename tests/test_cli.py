@@ -186,6 +186,17 @@ def test_folds(photos, tmp_path, capsys):
     assert main(['predict',str(out),str(photos/'food'),'--csv',str(tmp_path/'x.csv')])==0
     assert main(['finetune',str(photos),*_quick,'--out',str(out),'--overwrite'])==0 and [o.name for o in out.glob('learner*')]==['learner.pkl']
 
+@pytest.mark.parametrize('n_done,says', [(0,'No fit was completed, so nothing was saved'), (1,'The same command continues from there')])
+def test_an_interrupted_comparison_says_what_is_kept(photos, tmp_path, monkeypatch, capsys, n_done, says):
+    monkeypatch.chdir(tmp_path)
+    def _interrupted(*a, fname, **kw):
+        if n_done: fname.write_text('{}')
+        raise KeyboardInterrupt
+    monkeypatch.setattr('fastai_discriminative.jobs.compare_strategies', _interrupted)
+    assert main(['compare',str(photos),'--strategies','lp_ft','uniform',*(o for o in _quick if o not in ('--strategy','uniform'))])==130
+    assert says in capsys.readouterr().err
+    assert (tmp_path/'discriminative-compare-photos').exists()==bool(n_done)
+
 def test_compare_goes_on_where_it_stopped(photos, tmp_path, capsys):
     args = ['compare',str(photos),'--arch','test_resnet','--from-scratch','--size','32','--epochs','1','--threads','1','--quiet','--out',str(tmp_path/'c')]
     assert main([*args,'--strategies','uniform','--seeds','1'])==0

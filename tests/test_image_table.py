@@ -176,6 +176,9 @@ def test_groups_that_cannot_be_dealt_out(tmp_path):
 def test_parts_without_groups_hold_the_same_share_of_each_class(tmp_path):
     fi = folder_images(_comp(tmp_path))
     assert [sorted(fi.labels[i] for i in o) for o in dealt_out(fi, 3, 0)]==[['cat']*2+['dog']*2]*3
+    with pytest.raises(DataError, match=r'^12 images cannot be divided into 13 parts\. Use fewer folds\.$'): dealt_out(fi, 13, 0)
+    fi.labels[0] = 'owl'
+    with pytest.raises(DataError, match="All images of 'owl' are in one of 3 parts.* Add images, or leave this class out"): dealt_out(fi, 3, 0)
 
 def test_an_empty_group_is_no_group(tmp_path):
     root = _patients(tmp_path)
