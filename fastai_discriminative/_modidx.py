@@ -997,7 +997,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastai_discriminative/jobs.py'),
                                             'fastai_discriminative.jobs._is_taken': ( 'jobs.html#_is_taken',
                                                                                       'fastai_discriminative/jobs.py'),
-                                            'fastai_discriminative.jobs._kept': ('jobs.html#_kept', 'fastai_discriminative/jobs.py'),
                                             'fastai_discriminative.jobs._make': ('jobs.html#_make', 'fastai_discriminative/jobs.py'),
                                             'fastai_discriminative.jobs._oof_table': ( 'jobs.html#_oof_table',
                                                                                        'fastai_discriminative/jobs.py'),

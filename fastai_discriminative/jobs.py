@@ -322,8 +322,6 @@ def _save_plot(c, path):
     with written_aside(path) as tmp: fig.savefig(tmp, dpi=150)
     plt.close(fig)
 
-def _kept(out): return f"The completed fits are in {out}. The same command continues from there." if (out/'comparison.json').exists() else "No fit was completed, so nothing was saved."
-
 def run_compare(
     a # Arguments of `compare`
 ):
@@ -334,7 +332,9 @@ def run_compare(
         rec.update(_record(a, start))
         with _writing(out): _write_record(out/'run.json', rec)
         try: c = compare_strategies(job.ours, a.strategies, a.epochs, a.seeds, monitor='accuracy', fname=out/'comparison.json', bar=sys.stdout.isatty() and not a.quiet)
-        except KeyboardInterrupt: raise KeyboardInterrupt(f"Interrupted. {_kept(out)}") from None
+        except KeyboardInterrupt:
+            if not (out/'comparison.json').exists(): raise KeyboardInterrupt("Interrupted. No fit was completed, so nothing was saved.") from None
+            raise KeyboardInterrupt(f"Interrupted. The completed fits are in {out}. The same command continues from there.") from None
         finally:
             if not (out/'comparison.json').exists(): (out/'run.json').unlink() # no fit was completed
         print(c)
