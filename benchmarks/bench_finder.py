@@ -2,6 +2,7 @@
 
     python benchmarks/bench_finder.py [CASE ...] [--seeds 3] [--only trials] [--out benchmarks/results/finder.json]
     python benchmarks/bench_finder.py --damage [CASE ...]                       # the damage of trials of 4, 8 and 12 steps, to results/damage.json
+    python benchmarks/bench_finder.py --lost [CASE ...]                         # what is lost of a head after each epoch of a body phase at 1e-3, 2e-3 and 3e-3, to results/lost.json
 
 A case is `data-arch-size-images-epochs`, as in `bench_tuned.py`. For each seed the head is trained on cached features, as in the sweep; then each method says which rate the end of the body should have: the trials, the range test along the preset's
 slope and the search over ratios of `lr_find_groups`, and fastai's four rules on the curve of that range test. The regret of a rate is read off the sweep's curve for ratio .1: points of test accuracy below the best rate by validation loss. Run again, it goes on where it stopped.
@@ -16,6 +17,7 @@ from fastai.callback.schedule import minimum,slide,steep,valley
 from fastai_discriminative.all import *
 from fastai_discriminative.auto import _AutoRates,_cycle,_put_back,_seen,_whole_batches
 from fastai_discriminative.lr_finder import _suggested
+from fastai_discriminative.points import BestPoint,lost_share,tempered_loss
 from fastai_discriminative.probe import some_batches
 from bench_step import machine
 from bench_tuned import learner
@@ -65,6 +67,24 @@ def damage(case):
             res.append(dict(case=case, lr=lr, steps=k, damage=round((_seen(learn, valid)[0]-start)/(chance-start), 3)))
     return res
 
+def lost(case, lr, seed=0):
+    "Share of what the head knows that is lost after each epoch of a body phase that never ends early, and the points in the end"
+    data,arch,size,n,n_epoch = case.split('-')
+    learn,shares = learner(data, arch, int(size), int(n)),[]
+    class Lost(Callback):
+        order = 58.5 # before `BestPoint`, which may end the phase
+        def before_fit(self): self.learn.best_point._early = lambda: ''
+        def after_epoch(self):
+            kb = self.learn.best_point
+            if not kb.is_last: return
+            preds,targs = [torch.cat(o) for o in zip(*kb._seen)]
+            shares.append(round(lost_share(tempered_loss(preds, targs), kb.points[0].loss, targs), 2))
+        def after_fit(self): self.learn.points = self.learn.best_point.points
+    phases = [Phase(10, frozen=-1, cached=True), Phase(int(n_epoch), slice(lr/10, lr), train_norm='running')]
+    set_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    with learn.no_bar(), learn.no_logging(): learn.fit_strategy(Strategy('head, then all', lambda *a: phases, keep_best=BestPoint), int(n_epoch), cbs=Lost())
+    return dict(case=case, seed=seed, lr=lr, lost=shares, head=learn.points[0].value, end=learn.points[1].value)
+
 def sweep_line(data, size, ratio=.1):
     "Rates, points over the head, and validation losses of the sweep's line for `ratio`, means over its seeds"
     rs = [json.loads(l) for f in sorted((Path(__file__).parent/'results'/'gpu').glob('sweep-*.jsonl')) for l in f.read_text().splitlines()]
@@ -88,9 +108,14 @@ def main():
     ap.add_argument('--seeds', type=int, default=3)
     ap.add_argument('--only', nargs='+', choices=methods, default=methods)
     ap.add_argument('--damage', action='store_true')
+    ap.add_argument('--lost', action='store_true')
     ap.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'finder.json')
     a = ap.parse_args()
     torch.set_num_threads(1)
+    if a.lost:
+        rows = [lost(c, lr) for lr in (1e-3,2e-3,3e-3) for c in a.cases or cases[:3]]
+        (a.out.parent/'lost.json').write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1)+'\n')
+        return print(*rows, sep='\n')
     if a.damage:
         rows = [r for c in a.cases or cases[:3] for r in damage(c)]
         (a.out.parent/'damage.json').write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1)+'\n')
