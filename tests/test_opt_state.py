@@ -17,8 +17,8 @@ from helpers import Stop,changed,flags,plain,same,weights
 
 funcs = dict(adam=Adam, sgd=partial(SGD, mom=0.9), rmsprop=partial(RMSProp, mom=0.9), lamb=Lamb, ranger=ranger,
     adamw=partial(OptimWrapper, opt=torch.optim.AdamW), lion=partial(OptimWrapper, opt=timm.optim.Lion),
-    adafactor=partial(OptimWrapper, opt=timm.optim.Adafactor), fused=fused_adamw,
-    timm_lamb=partial(OptimWrapper, opt=timm.optim.Lamb), novograd=partial(OptimWrapper, opt=timm.optim.NvNovoGrad),
+    adafactor=partial(OptimWrapper, opt=timm.optim.Adafactor), fused=fused_adamw)
+funcs.update(timm_lamb=partial(OptimWrapper, opt=timm.optim.Lamb), novograd=partial(OptimWrapper, opt=timm.optim.NvNovoGrad),
     fused_ahead=lambda ps, **kwargs: Lookahead(fused_adamw(ps, **kwargs)))
 
 @pytest.fixture
