@@ -245,7 +245,7 @@ def _notes(debug):
     fmt = warnings.formatwarning
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        warnings.filterwarnings('default', module=r'fastai_discriminative\.')
+        warnings.filterwarnings('default', category=UserWarning, module=r'fastai_discriminative\.') # not of files that others leave open
         warnings.formatwarning = lambda message,*args,**kwargs: f'note: {message}\n'
         try: yield
         finally: warnings.formatwarning = fmt

@@ -33,6 +33,7 @@ from .preflight import *
 from .html_report import *
 from .compare import *
 from .image_table import *
+from .image_folder import *
 from .demo import *
 from .predict import *
 
@@ -142,14 +143,18 @@ def _race(job, compare):
     return runs,first
 
 # %% ../nbs/14b_jobs.ipynb #0c01bb98
-def _is_taken(path): return any(path.glob('run.json')) or any(path.glob('learner*.pkl'))
-
 def _out_dir(a, name, again):
     "The folder for the results: `a.out`, or `name`, with a number if that folder has the results of another run; if `again`, it may have some"
     free = (Path(name+(f'-{i}' if i>1 else '')) for i in itertools.count(1))
-    out = Path(a.out).expanduser() if a.out is not None else next(p for p in free if again or not _is_taken(p))
-    if again or not _is_taken(out): return out
+    out = Path(a.out).expanduser() if a.out is not None else next(p for p in free if again or not holds_results(p))
+    if again or not holds_results(out): return out
     raise DataError(f"{str(out)!r} contains the results of another run. Name another folder with --out, or replace them with --overwrite.")
+
+def _check_apart(out, files):
+    "Raise `DataError` if the folder `out` holds some of the images `files`: the next run would take its plots for images"
+    own = os.path.join(os.path.realpath(out), '')
+    if any(os.path.join(os.path.realpath(d), '').startswith(own) for d in {f.parent for f in files}):
+        raise DataError(f"{str(out)!r} holds images to train on, and the plots of the results would count as images. Name another folder with --out.")
 
 def _make(out):
     "Make the folder `out`, or raise `DataError`"
@@ -206,9 +211,10 @@ def _describe(job):
 
 # %% ../nbs/14b_jobs.ipynb #2a610909
 @contextmanager
-def _results(a, name, again=False):
-    "Yield the folder for the results, and remove it afterwards if it is new and empty; torch uses the number of threads that `a` asks for"
+def _results(a, name, files=(), again=False):
+    "Yield the folder for the results, which may not hold the images `files`, and remove it afterwards if it is new and empty; torch uses the number of threads that `a` asks for"
     out = _out_dir(a, name, again or a.overwrite)
+    _check_apart(out, files)
     new = [o for o in (out, *out.parents) if not os.path.lexists(o)]
     try:
         _make(out)
@@ -303,7 +309,7 @@ def run_finetune(
 ):
     "Train on a folder of images, once for each seed or once for each fold"
     start,job = time.perf_counter(),_folder_job(a)
-    with _spoken(a) as rec, _results(a, f'discriminative-{job.images.path.resolve().name}') as out:
+    with _spoken(a) as rec, _results(a, f'discriminative-{job.images.path.resolve().name}', job.images.files) as out:
         if a.folds: _train_folds(job, out, rec, start)
         else: _train(job, a.compare, out, rec, start)
 
@@ -327,7 +333,7 @@ def run_compare(
 ):
     "Train on a folder of images by several strategies, with several seeds"
     start,job = time.perf_counter(),_folder_job(a)
-    with _spoken(a) as rec, _results(a, f'discriminative-compare-{job.images.path.resolve().name}', again=True) as out:
+    with _spoken(a) as rec, _results(a, f'discriminative-compare-{job.images.path.resolve().name}', job.images.files, again=True) as out:
         _same_case(a, out/'run.json')
         rec.update(_record(a, start))
         with _writing(out): _write_record(out/'run.json', rec)

@@ -10,6 +10,7 @@ __all__ = ['opt_names', 'named_state', 'put_named_state', 'carry_state']
 
 # %% ../nbs/05_opt_state.ipynb #d40df169
 from collections import defaultdict
+from copy import deepcopy
 from functools import partial
 from warnings import warn
 
@@ -113,19 +114,28 @@ def _put_lookahead(opt, inner, count, slow):
 # %% ../nbs/05_opt_state.ipynb #bd1b408e
 _shaped = ('exp_avg','exp_avg_sq','momentum_buffer')
 
+def _counts(groups, o):
+    "What the steps of torch's optimiser `o` add to its `groups`, such as timm's `step`, where all of them agree"
+    same = {k:v for k,v in groups[0].items() if k not in o.defaults and is_hyper(v) and all(g.get(k)==v for g in groups)}
+    return deepcopy(same) # a tensor that is counted up belongs to one group
+
 def _plan_wrapper(opt, sd, names):
     saved = read_state(sd, kind=_kind(opt), wrapped=True)
     states,same,ps = _matched(opt, saved, names)
-    mine,hypers = ({k:v for k,v in detuplify_pg(opt.opt.param_groups[0]).items() if is_hyper(v)}, [detuplify_pg(g) for g in saved.hypers])
+    counts = _counts(saved.hypers, opt.opt)
+    free = {*counts, *_counts(opt.opt.param_groups, opt.opt)} if saved.kind else () # of the same kind, but not yet stepped
+    mine,*hypers = [{k:v for k,v in detuplify_pg(g).items() if k not in free} for g in (opt.opt.param_groups[0],*saved.hypers)]
+    mine = {k:v for k,v in mine.items() if is_hyper(v)}
     check_hypers([{k:v for k,v in h.items() if k in mine or is_hyper(v)} for h in hypers], mine)
     for (p,n),s in zip(ps, states):
         for k in _shaped:
-            if s.get(k) is not None: _check_moment(p, s[k], n)
-    return partial(_put_wrapper, opt, states, saved.hypers if same else [{}]*len(opt.param_lists))
+            if s.get(k) is not None and not (k=='exp_avg_sq' and is_hyper(s[k])): _check_moment(p, s[k], n) # NovoGrad keeps one number for a layer
+    return partial(_put_wrapper, opt, states, saved.hypers if same else [deepcopy(counts) for _ in opt.param_lists])
 
 def _put_wrapper(opt, states, hypers):
     o = opt.opt
-    was,groups = (o.state,o.param_groups),[{**g, **h} for g,h in zip(o.state_dict()['param_groups'], hypers)]
+    was,old = (o.state,o.param_groups),_counts(o.param_groups, o)
+    groups = [{**{k:v for k,v in g.items() if k not in old}, **h} for g,h in zip(o.state_dict()['param_groups'], hypers)]
     try: o.load_state_dict(dict(state={i:s for i,s in enumerate(states) if s}, param_groups=groups))
     except Exception as e:
         o.state,o.param_groups = was
@@ -155,13 +165,17 @@ def carry_state(
     new, # Another one for parameters of the same model; nothing happens unless it is of the same kind
 ):
     "Give `new` the moments of `old`"
-    if isinstance(old, OptimWrapper) and isinstance(new, OptimWrapper):
+    if isinstance(old, Lookahead) and isinstance(new, Lookahead):
+        if _kind(old)!=_kind(new): return
+        carry_state(old.opt, new.opt)
+        if old.slow_weights is not None: _carry_slow(old, new)
+    elif isinstance(old, OptimWrapper) and isinstance(new, OptimWrapper):
         if type(old.opt) is not type(new.opt): return
         new.opt.state.update(old.opt.state)
+        for g in new.opt.param_groups: g.update(_counts(old.opt.param_groups, old.opt))
         if isinstance(new, FusedOptimizer): new._stale = True
     elif isinstance(old, Optimizer) and isinstance(new, Optimizer) and _kind(old)==_kind(new):
         for p,s in old.state.items(): new.state[p].update({k:v for k,v in s.items() if k not in Optimizer._keep_on_clear})
-        if isinstance(old, Lookahead) and isinstance(new, Lookahead) and old.slow_weights is not None: _carry_slow(old, new)
 
 def _carry_slow(old, new):
     slow = {p:w for ps,ws in zip(old.param_lists, old.slow_weights) for p,w in zip(ps, ws)}

@@ -197,7 +197,9 @@ def table(
     positive:str|None=None # Class whose probability to write, if the sample has one column of numbers
 )->pd.DataFrame: # A row for each image, or for each row of the sample
     "The predictions in the format of a sample submission; raises `DataError` if they do not fit it"
-    if like is None: return pd.DataFrame({self.images.column:self.images.ids, 'label':self.labels})
+    if like is None:
+        if positive is not None: raise DataError(f"`positive` (--positive {positive}) asks for a probability in a sample submission, and there is none. Name one with `like` (--like).")
+        return pd.DataFrame({self.images.column:self.images.ids, 'label':self.labels})
     like = like.astype(str) if isinstance(like, pd.DataFrame) else read_table(Path(like).expanduser())
     key,rows = _sample_rows(self, like)
     cols = {key:like[key], **{c:np.asarray(v)[rows] for c,v in _columns(self, like, key, positive).items()}}

@@ -10,7 +10,8 @@ is in layer groups."""
 __all__ = ['ResumeError', 'random_state', 'set_random_state', 'freeze_as', 'FitFile', 'run_fit']
 
 # %% ../nbs/05f_resume.ipynb #0e83b148
-import inspect,math,os,random,time,warnings,zlib
+import inspect,os,random,time,warnings
+from collections import deque
 from dataclasses import is_dataclass
 from importlib import import_module
 
@@ -22,62 +23,10 @@ from .backbone import *
 from .groups import *
 from .ranks import *
 from .probe import *
+from .same_fit import *
 
 # %% ../nbs/05f_resume.ipynb #942afbd2
 class ResumeError(DiscriminativeError, ValueError): "A file from which a fit cannot continue, or a fit that cannot be saved to one"
-
-# %% ../nbs/05f_resume.ipynb #c3434f11
-def _told(o):
-    "`o`, an argument of a fit, in plain lists, numbers and text"
-    if isinstance(o, np.generic): return o.item()
-    if isinstance(o, (type(None),bool,int,float,str)): return o
-    if isinstance(o, slice): return [_told(o.start), _told(o.stop)]
-    if isinstance(o, (list,tuple,L,np.ndarray)): return [_told(v) for v in o]
-    if isinstance(o, dict): return {str(k):_told(v) for k,v in o.items()}
-    if is_dataclass(o): return {'kind':type(o).__name__, **_told(vars(o))}
-    return getattr(o, '__name__', type(o).__name__)
-
-# %% ../nbs/05f_resume.ipynb #634269e4
-def _differences(was, now, name=''):
-    "The differences between two results of `_told`, one sentence each"
-    if isinstance(was, list) and isinstance(now, list) and any(isinstance(o, dict) for o in was): was,now = (dict(enumerate(o)) for o in (was,now))
-    if isinstance(was, dict) and isinstance(now, dict):
-        for k in dict.fromkeys([*now, *was]): yield from _differences(was.get(k, 'missing'), now.get(k, 'missing'), f'{name} {k}'.strip())
-    elif not _same(was, now): yield f'{name} is {_short(was)} there and {_short(now)} here'
-
-def _same(a, b):
-    if isinstance(a, list) and isinstance(b, list) and len(a)==len(b): return all(map(_same, a, b))
-    return a==b or isinstance(a, float) and isinstance(b, float) and math.isclose(a, b)
-
-def _short(o): return s if len(s := str(o))<50 else s[:40]+' ...'
-
-# %% ../nbs/05f_resume.ipynb #e61c8d22
-def _item_text(o, root):
-    "Text that identifies item `o` in any process: a file's path below `root`, a value, or the type of an unknown object"
-    if isinstance(o, Tensor): o = o.detach().cpu().numpy()
-    if isinstance(o, (np.ndarray,np.generic)) and o.dtype!=object: return f'{o.shape} {zlib.crc32(np.ascontiguousarray(o).tobytes())}'
-    if isinstance(o, (list,tuple,L,np.ndarray)): return ','.join(_item_text(v, root) for v in o)
-    return str(o).removeprefix(root) if isinstance(o, (str,Path,int,float,type(None))) else type(o).__name__
-
-def _told_data(dl, root):
-    "The data of loader `dl` in numbers and text"
-    ds = getattr(dl, 'dataset', None)
-    items = ds.tls[0].items if hasattr(ds, 'tls') else getattr(ds, 'tensors', getattr(ds, 'items', ds))
-    if hasattr(items, 'to_numpy'): items = items.to_numpy()
-    crc = zlib.crc32(_item_text(items, root).encode(errors='replace')) if isinstance(items, (list,tuple,L,np.ndarray)) else None
-    return {'number of items':len(ds) if hasattr(ds, '__len__') else None, 'batch size':getattr(dl, 'bs', getattr(dl, 'batch_size', None)), 'sum over all items':crc}
-
-# %% ../nbs/05f_resume.ipynb #03deeee5
-def _told_fit(learn, call):
-    "Everything that must be the same to continue `call` (name -> argument): model, data and call"
-    opt,loss = learn.opt,learn.loss_func
-    data = {n:_told_data(base_dl(dl), str(getattr(learn.dls, 'path', ''))) for n,dl in zip(('training','validation'), learn.dls.loaders)}
-    own = dict(optimizer=[type(o).__name__ for o in (opt, getattr(opt, 'opt', None))], wd=learn.wd, metrics=[m.name for m in learn.metrics], loss=_told(loss),
-        train_norm=learn.true_freeze.train_norm, groups=[len(g.param_names) for g in learn.splitter.find(learn.model)], processes=n_ranks())
-    model = {f'weight {k}':list(v.shape) for k,v in unwrap_model(learn.model).state_dict().items() if isinstance(v, Tensor)}
-    call = {k:v for k,v in call.items() if v is not None}
-    first = {k:call[k] for k in ('fit','strategy','n_epoch') if k in call} # the most important difference comes first, since others follow from it
-    return _told({**first, 'model':model, 'data':data, 'classes':getattr(learn.dls, 'vocab', None), **own, **call})
 
 # %% ../nbs/05f_resume.ipynb #35f76e3e
 class _Unkept(Exception): "A value that is not a number, text or tensor, or a list or dict of these"
@@ -99,6 +48,7 @@ def _packed(o, pack):
     if type(o) is dict: return dict(kind='dict', v=[[pack(k), pack(v)] for k,v in o.items()])
     if type(o) is list and len(o)>9 and all(type(t) is Tensor and not t.ndim and t.is_cpu and t.dtype==o[0].dtype for t in o):
         return dict(kind='stack', v=torch.stack([t.detach() for t in o])) # the losses of all steps: thousands of tensors would make the file slow
+    if type(o) is deque: return dict(kind='deque', v=[pack(v) for v in o], maxlen=o.maxlen)
     kind = next((k for k,t in _kinds.items() if type(o) is t), None)
     if kind: return dict(kind=kind, v=[pack(v) for v in o])
     if is_dataclass(o) and type(o).__module__.startswith(_ours+'.'): return dict(kind='dataclass', v=pack(vars(o)), of=[type(o).__module__.partition('.')[2], type(o).__name__])
@@ -119,6 +69,7 @@ def _unpacked(o, unpack, device):
     if kind=='slice': return slice(*unpack(v))
     if kind=='dict': return {unpack(k):unpack(w) for k,w in v}
     if kind=='stack': return list(v.unbind())
+    if kind=='deque': return deque(map(unpack, v), o['maxlen'])
     if kind=='dataclass':
         cls = getattr(import_module(f"{_ours}.{o['of'][0]}"), o['of'][1])
         return cls(**unpack(v))
@@ -139,14 +90,22 @@ def set_random_state(
     torch.set_rng_state(state['torch'])
     if state['cuda'] and len(state['cuda'])==torch.cuda.device_count(): torch.cuda.set_rng_state_all(state['cuda'])
 
+_generators = random.Random,torch.Generator,np.random.Generator,np.random.RandomState
+
 def _loader_generators(dls):
     "The loaders' own random generators"
     parts = [o for dl in map(base_dl, dls.loaders) for o in (dl, vars(dl).get('sampler')) if hasattr(o, '__dict__')]
-    return [v for o in parts for v in (vars(o).get('rng'), vars(o).get('generator')) if isinstance(v, (random.Random,torch.Generator))]
+    return [v for o in parts for v in (vars(o).get('rng'), vars(o).get('generator')) if isinstance(v, _generators)]
 
 # %% ../nbs/05f_resume.ipynb #2d2fb5ae
-def _set_loader_states(dls, states):
-    for o,s in zip(_loader_generators(dls), states): (o.setstate if isinstance(o, random.Random) else o.set_state)(s)
+def _dice_of(o):
+    "The state of generator `o`"
+    if isinstance(o, np.random.Generator): return o.bit_generator.state
+    return (o.getstate if isinstance(o, random.Random) else o.get_state)()
+
+def _set_dice(o, s):
+    if isinstance(o, np.random.Generator): o.bit_generator.state = s
+    else: (o.setstate if isinstance(o, random.Random) else o.set_state)(s)
 
 def _all_ranks(o):
     "`o` of each process, in a list"
@@ -163,15 +122,23 @@ def _named_cbs(cbs):
 
 def _keeps_state(cls): return hasattr(cls, 'state_dict') and hasattr(cls, 'load_state_dict')
 
-def _attributes(cb):
-    "Name -> value of the attributes of `cb` that are neither constructor arguments nor objects of the learner"
+def _plain_attributes(o):
+    "The attributes of `o` that are numbers or text"
+    return {k:v for k,v in vars(o).items() if isinstance(v, (type(None),bool,int,float,str))}
+
+
+# %% ../nbs/05f_resume.ipynb #9f9b71f2
+def _attributes(cb, start):
+    "Name -> value of the attributes of `cb` that are neither objects of the learner nor constructor arguments, unless one has changed since `start`"
     built = {k for c in type(cb).__mro__ if '__init__' in vars(c) for k in inspect.signature(c.__init__).parameters}
     theirs = [*vars(cb.learn).values(), *cb.learn.model.modules()] if cb.learn else []
-    return {k:v for k,v in vars(cb).items() if k!='learn' and k not in built and not (_keeps_state(type(v)) and any(v is o for o in theirs))}
+    own = {k:v for k,v in vars(cb).items() if k!='learn' and (k not in built or k in start and start[k]!=v)}
+    return {k:v for k,v in own.items() if not (_keeps_state(type(v)) and any(v is o for o in theirs))}
 
 # %% ../nbs/05f_resume.ipynb #ece5e0e8
 def _state_of(o, pack):
     "The state of `o`, a callback's attribute, that can be saved"
+    if isinstance(o, _generators): return dict(dice=pack(_dice_of(o)))
     if isinstance(o, Metric): return dict(parts=_each(vars(o), pack))
     if _keeps_state(type(o)): return dict(state=pack(dict(o.state_dict())))
     return dict(value=pack(o))
@@ -188,11 +155,13 @@ def _put_each(o, saved, unpack):
     for k,s in saved.items():
         old = vars(o).get(k)
         if 'value' in s: vars(o)[k] = unpack(s['value'])
-        elif 'parts' in s and old is not None: _put_each(old, s['parts'], unpack)
-        elif 'state' in s and old is not None: old.load_state_dict(unpack(s['state']))
+        elif old is None: warnings.warn(f"The saved state of `{type(o).__name__}.{k}` is not used, since a new `{type(o).__name__}` does not have this object yet. Make it in `before_fit`.")
+        elif 'parts' in s: _put_each(old, s['parts'], unpack)
+        elif 'dice' in s: _set_dice(old, unpack(s['dice']))
+        else: old.load_state_dict(unpack(s['state']))
 
 # %% ../nbs/05f_resume.ipynb #f9693130
-def _cb_state(cb, pack): return dict(own=pack(cb.state_dict())) if _keeps_state(type(cb)) else dict(attrs=_each(_attributes(cb), pack))
+def _cb_state(cb, start, pack): return dict(own=pack(cb.state_dict())) if _keeps_state(type(cb)) else dict(attrs=_each(_attributes(cb, start), pack))
 
 def _put_cb(cb, s, unpack):
     if 'own' in s: cb.load_state_dict(unpack(s['own']))
@@ -207,15 +176,15 @@ def _model_state(model):
     grads = {n:p.grad.cpu() if p.grad.any() else None for n,p in named_params(model).items() if p.grad is not None}
     return dict(model={k:v.detach().as_subclass(Tensor).cpu() for k,v in _tensors(model).items()}, modes=[m.training for m in model.modules()], grads=grads)
 
-def _learner_state(learn):
-    "Everything that a fit of `learn` needs to continue with its next epoch"
-    pack,loaders = partial(_pack, memo={}),[o.getstate() if isinstance(o, random.Random) else o.get_state() for o in _loader_generators(learn.dls)]
+def _learner_state(learn, start):
+    "Everything that a fit of `learn` needs to continue with its next epoch; `start` are the plain attributes of its callbacks when they began"
+    pack,loaders = partial(_pack, memo={}),[_dice_of(o) for o in _loader_generators(learn.dls)]
     tf = learn.true_freeze
     tf.note()
     res = _model_state(unwrap_model(learn.model))
     res.update(opt=pack(learn.opt.state_dict()), frozen=tf.asked, pinned=sorted(tf.pinned))
     res['learner'] = _each({k:vars(learn)[k] for k in _of_learner if k in vars(learn)}, pack)
-    res['cbs'] = {k:_cb_state(cb, pack) for k,cb in _named_cbs(learn.cbs).items()}
+    res['cbs'] = {k:_cb_state(cb, start.get(k, {}), pack) for k,cb in _named_cbs(learn.cbs).items()}
     return {**res, 'dice':_all_ranks(pack(dict(all=random_state(), loaders=loaders)))}
 
 # %% ../nbs/05f_resume.ipynb #b106835c
@@ -253,7 +222,7 @@ def _put_learner(learn, s, cbs):
     for k,cb in _named_cbs(cbs).items():
         if k in s['cbs']: _put_cb(cb, s['cbs'][k], unpack)
     dice = unpack(s['dice'][rank_distrib()])
-    _set_loader_states(learn.dls, dice['loaders'])
+    for o,v in zip(_loader_generators(learn.dls), dice['loaders']): _set_dice(o, v)
     set_random_state(dice['all'])
 
 # %% ../nbs/05f_resume.ipynb #eee1a1a0
@@ -274,7 +243,7 @@ def _read(path):
     if state['fit_file']!=_version: raise ResumeError(f"'{path}' was written by another version of this package ({state['fit_file']}, this is {_version}). Use that version, or choose another file.")
     return state
 
-_version = 1
+_version = 2
 
 # %% ../nbs/05f_resume.ipynb #9ceb9e2e
 _write_share = 10 # before the next write, train this many times as long as the last one took
@@ -284,15 +253,17 @@ class FitFile:
     def __init__(self,
         path, # Path of the file, which may not exist yet; relative to the current folder
         **call # Arguments of the fit that must be the same when it continues
-    ): self.path,self.call,self.state,self.told,self._cost,self._at = Path(path),call,None,None,0.,0.
+    ):
+        if not isinstance(path, (str,os.PathLike)): raise ResumeError(f"`resume` takes the name of a file, such as 'fit.pt', not {path!r}.")
+        self.path,self.call,self.state,self.told,self.start,self._cost,self._at = Path(path).expanduser(),call,None,None,{},0.,0.
 
     def open(self,
         learn, # A `Learner` in layer groups
         call:dict, # More arguments of the fit
     ):
         "Read the file if it exists; raises `ResumeError` and changes nothing if it contains another fit"
-        self.told,self.state = _told_fit(learn, {**self.call, **{k:v for k,v in call.items() if k not in self.call}}),_read(self.path)
-        diffs = list(_differences(self.state['told'], self.told)) if self.state else []
+        self.told,self.state = told_fit(learn, {**self.call, **{k:v for k,v in call.items() if k not in self.call}}),_read(self.path)
+        diffs = list(fit_differences(self.state['told'], self.told)) if self.state else []
         if diffs: raise ResumeError(f"'{self.path}' holds another fit: {'; '.join(diffs[:3])}{f'; and {len(diffs)-3} more differences' if len(diffs)>3 else ''}. "
             "Make the same call with the same model and data, or choose another file. You can also delete this one, if you do not need it.")
         epochs = _all_ranks(self.state and self.state['epoch'])
@@ -310,6 +281,8 @@ class FitFile:
         "Put `learn` into the state of the file"
         lost = [k for k in self.state['cbs_with_state'] if k not in _named_cbs(cbs)]
         if lost and not self.is_complete: warnings.warn(f"'{self.path}' holds the state of {list_some(lost)}, which this fit does not have.")
+        new = [k for k in _named_cbs(cbs) if k not in self.state['learn']['cbs']]
+        if new and not self.is_complete: warnings.warn(f"This fit has {list_some(new)}, which it did not have when '{self.path}' was written.")
         _put_learner(learn, self.state['learn'], cbs)
         self.state = None # frees memory
 
@@ -323,7 +296,7 @@ def write(self:FitFile,
     "Write the current state to the file"
     start = time.time()
     if of_rank_0(float(0<epoch<learn.n_epoch and start-self._at<_write_share*self._cost)): return
-    try: state = dict(fit_file=_version, told=self.told, epoch=epoch, complete=complete, learn=_learner_state(learn))
+    try: state = dict(fit_file=_version, told=self.told, epoch=epoch, complete=complete, learn=_learner_state(learn, self.start))
     except _Unkept as e: raise ResumeError(f"The `state_dict` of the optimiser or of a callback contains a {e}, which cannot be saved. The file can contain numbers, text, tensors, and lists and dicts of these.") from e
     state['cbs_with_state'] = [k for k,s in state['learn']['cbs'].items() if s.get('own') or s.get('attrs')]
     if rank_distrib()==0: self._save(state, epoch)
@@ -344,7 +317,7 @@ def _save(self:FitFile, state, epoch):
 # %% ../nbs/05f_resume.ipynb #0d2b29c3
 def _epochs(learn, file):
     "Run the remaining epochs of a fit"
-    start = 0
+    start,file.start = 0,{k:_plain_attributes(cb) for k,cb in _named_cbs(learn.cbs).items()}
     if file.state is None: file.write(learn, 0)
     else:
         start = file.state['epoch']

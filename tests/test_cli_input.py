@@ -109,6 +109,23 @@ def test_refused(status, args, msg, place, tmp_path, capsys, monkeypatch):
 
 def test_enough_command_lines(): assert len(done)+len(refused)>=100
 
+def test_results_among_the_images_are_no_images(tmp_path, capsys, monkeypatch):
+    "`cd photos; finetune .` twice: the plot of the first run is no class of the second, and no image to predict"
+    monkeypatch.chdir(_classes(tmp_path/'photos'))
+    assert main(_fits('.')[0])==0
+    with pytest.warns(UserWarning, match="since they hold the results of a run: .*photos/discriminative-photos'"): assert main(_fits('.')[0])==0
+    runs = ['discriminative-photos','discriminative-photos-2']
+    assert all((Path(o)/'accuracy.png').exists() for o in runs) and folder_images('.').classes==['a','b']
+    assert main(['predict', runs[0], '.', '--csv', str(tmp_path/'s.csv')])==0 and len((tmp_path/'s.csv').read_text().splitlines())==13
+    for out in ('.','a','../photos'):
+        assert main([*_fits('.')[0], '--out', out])==2 and 'holds images to train on' in capsys.readouterr().err
+        assert sorted(os.listdir())==['a','b',*runs] and len(os.listdir('a'))==6
+
+def test_a_file_that_a_library_leaves_open_is_no_note(tmp_path, recwarn):
+    d = _classes(tmp_path/'d')
+    Image.new('RGB', (16,16)).save(d/'b'/'moves.gif', save_all=True, append_images=[Image.new('RGB', (16,16), 5)])
+    assert main([*_fits(str(d))[0], '--out', str(tmp_path/'out')])==0 and not recwarn.list
+
 def test_a_folder_that_links_lead_to_again_counts_once(place):
     files = [str(o.relative_to(place)) for o in folder_images(place/'loop').files]
     assert len(files)==len(set(files)) and len(files)<=2*12

@@ -124,6 +124,7 @@ def test_labels_and_probabilities(learn, root):
 def test_a_sample_that_does_not_fit(cols, kw, msg, learn, root):
     p = predict_images(learn, root)
     _fails(msg, p.table, pd.DataFrame(dict(id=p.images.ids[:2], **cols)), **kw)
+    _fails('asks for a probability', p.table, positive='food')
     _fails('1 row without a prediction', p.table, pd.DataFrame(dict(id=['nobody'], label='x')))
 
 def test_saved_whole(learn, root, tmp_path):

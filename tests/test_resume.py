@@ -1,11 +1,13 @@
 "An interrupted fit continues from its file, to the bit as if it had not stopped; no other fit does"
 import json,os,random,shutil,signal,subprocess,sys,tempfile,traceback,warnings
+from collections import deque
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np,pytest,torch
-from fastai.vision.all import (Adam,Callback,EarlyStoppingCallback,GradientAccumulation,ImageDataLoaders,MixUp,ReduceLROnPlateau,aug_transforms,
-    error_rate,partial,set_seed)
+from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,EarlyStoppingCallback,Flip,GradientAccumulation,ImageDataLoaders,
+    MixUp,ReduceLROnPlateau,Resize,aug_transforms,error_rate,partial,set_seed)
 
 from fastai_discriminative.all import *
 from fastai_discriminative import auto as at_,resume as rs,strategies as st
@@ -141,12 +143,30 @@ class Half(Callback):
         self.seen += 1
         if self.seen==2: self.learn.true_freeze.freeze_to(2)
 
+class Moody(Callback):
+    "Changes the images by what it keeps: two generators, a queue, and an argument that it counts down"
+    def __init__(self, left=7): self.left,self.dice,self.rng,self.seen = left,random.Random(0),np.random.default_rng(0),deque(maxlen=3)
+    def before_batch(self):
+        if not self.training: return
+        self.left -= 1
+        self.seen.append(self.left)
+        self.learn.xb = (self.x*(1 + .1*self.dice.random() + .1*self.rng.random() + .01*sum(self.seen) + .1*(self.left>0)),)
+
+class Average(Callback):
+    "A running average of the model, made at the start or with the first batch"
+    def __init__(self, late=False): self.late,self.ema = late,None
+    def before_fit(self): self.ema = None if self.late else deepcopy(self.learn.model)
+    def after_batch(self):
+        self.ema = self.ema or deepcopy(self.learn.model)
+        for a,b in zip(self.ema.parameters(), self.learn.model.parameters()): a.data.lerp_(b.data, .1)
+
 def frozen_cycle(learn, **kwargs):
     learn.freeze()
     learn.fit_one_cycle(3, 1e-3, **kwargs)
 
 def accumulating(): return [GradientAccumulation(24)]
 others = dict(adam=dict(opt_func=Adam), accumulate=dict(cbs=accumulating), adam_accumulates=dict(cbs=accumulating, opt_func=Adam))
+others.update(moody=dict(cbs=lambda: [Moody()]))
 others.update(mixup=dict(cbs=lambda: [MixUp()]), freezes=dict(cbs=lambda: [Half()]), sgdr=dict(fit=lambda l, **kw: l.fit_sgdr(2, 1, 1e-3, **kw)))
 others.update(plateau=dict(cbs=lambda: [ReduceLROnPlateau('valid_loss', min_delta=9)], fit=lambda l, **kw: l.fit(4, 1e-3, **kw)))
 others.update(views=dict(cbs=lambda: [CachedFeatures(n_views=2)], fit=frozen_cycle, views=True))
@@ -158,7 +178,8 @@ def test_together_with(name, bright, tmp_path):
     cbs,fit,views = case.pop('cbs', list),case.pop('fit', lambda l, **kw: l.fit_one_cycle(3, 1e-3, **kw)),case.pop('views', False)
     def make(other):
         set_seed(0)
-        dls = ImageDataLoaders.from_folder(bright, valid_pct=.33, seed=1, bs=8, num_workers=0, batch_tfms=aug_transforms(size=32) if views else None)
+        dls = ImageDataLoaders.from_folder(bright, valid_pct=.33, seed=1, bs=8, num_workers=0, item_tfms=Resize(32),
+            batch_tfms=aug_transforms(size=32) if views else None)
         learn = pre_plain(dls, **case).split(3)
         if other: set_seed(9)
         return learn
@@ -191,6 +212,20 @@ def test_what_you_froze_stays_frozen(bright, tmp_path):
 def test_the_state_of_a_callback_that_is_gone(bright, tmp_path):
     cut(bright, tmp_path/'fit.pt', 5)
     with pytest.warns(UserWarning, match="holds the state of 'Cut', which this fit does not have"): fits['one_cycle'](other(bright), resume=tmp_path/'fit.pt')
+
+def test_an_object_that_a_callback_makes(bright, tmp_path):
+    "It goes on from its state if `before_fit` makes it; else a warning names it"
+    whole,cb,late = Average(),Average(),Average(True)
+    fits['one_cycle'](first(bright), cbs=whole)
+    cut(bright, tmp_path/'fit.pt', 9, cbs=[Average()])
+    fits['one_cycle'](other(bright), cbs=cb, resume=tmp_path/'fit.pt')
+    assert same(cb.ema.state_dict(), whole.ema.state_dict())
+    cut(bright, tmp_path/'late.pt', 9, cbs=[Average(True)])
+    with pytest.warns(UserWarning, match='`Average.ema` is not used.*before_fit'): fits['one_cycle'](other(bright), cbs=late, resume=tmp_path/'late.pt')
+
+def test_a_callback_that_is_new_is_named(bright, tmp_path):
+    cut(bright, tmp_path/'fit.pt', 5)
+    with pytest.warns(UserWarning, match="This fit has 'MixUp', which it did not have"): fits['one_cycle'](other(bright), cbs=MixUp(), resume=tmp_path/'fit.pt')
 
 def test_in_the_same_process_too(bright, tmp_path):
     "A notebook whose cell is stopped and run once more"
@@ -233,6 +268,28 @@ refused = dict(n_epoch=(first, lambda l, **kw: l.fit_one_cycle(5, 'preset', **kw
     optimizer=(lambda p: first(p, opt_func=Adam), fits['one_cycle'], 'optimizer'), metrics=(lambda p: first(p, metrics=error_rate), fits['one_cycle'], 'metrics is ..accuracy.. there and'),
     number=(first, lambda l, **kw: l.fit_one_cycle(3, 'preset', start_epoch=1, **kw), 'Leave out `start_epoch`'), fine_tune=(first, lambda l, **kw: l.fine_tune(3, **kw), 'two fits'),
     unsplit=(lambda p: pre_stock(bright_dls(p)), lambda l, **kw: l.fit_one_cycle(3, 1e-3, **kw), 'needs layer groups'))
+
+def changed_by(f):
+    def make(path):
+        learn = first(path)
+        f(learn)
+        return learn
+    return make, fits['one_cycle']
+def dropout(learn): next(m for m in learn.model.modules() if isinstance(m, torch.nn.Dropout)).p = .9
+def weighted(learn): learn.loss_func = CrossEntropyLossFlat(weight=torch.tensor([1.,2.,3.]))
+def keeping(learn): learn.dls.train.drop_last = False
+def flipping(learn): learn.dls.train.after_batch.add(Flip())
+def labelled(learn): learn.dls.train_ds.tls[1].items = learn.dls.train_ds.tls[1].items[::-1]
+refused.update(layer=(*changed_by(dropout), r'model layer .* is Dropout\(p=.* there and Dropout\(p=0.9'), loss=(*changed_by(weighted), 'loss func weight is None there and'),
+    drop_last=(*changed_by(keeping), 'training drop_last is True there and False here'), transforms=(*changed_by(flipping), 'training transforms after_batch .* is missing there'),
+    labels=(*changed_by(labelled), 'training sum over labels is'), opt_args=(lambda p: first(p, opt_func=partial(fused_adamw, eps=1e-2)), fits['one_cycle'], "opt_func is .* there and .*'eps': 0.01"),
+    no_name=(first, lambda l, resume: l.fit_one_cycle(3, 'preset', resume=True), '`resume` takes the name of a file'))
+
+def test_a_lambda_is_known_by_what_is_in_it(bright, tmp_path):
+    def fit(lr): return lambda l, **kw: l.fit_strategy([Phase(2, lambda learn, epoch: lr)], **kw)
+    cut(bright, tmp_path/'fit.pt', 5, fit(1e-3))
+    with pytest.raises(ResumeError, match='phases 0 lr is lambda of 0.001 there and lambda of 0.01 here'): fit(1e-2)(other(bright), resume=tmp_path/'fit.pt')
+    fit(1e-3)(other(bright), resume=tmp_path/'fit.pt')
 
 def test_other_fits_are_refused(bright, tmp_path):
     fname = tmp_path/'fit.pt'
