@@ -17,6 +17,7 @@ from fastai.callback.schedule import minimum,slide,steep,valley
 from fastai_discriminative.all import *
 from fastai_discriminative.auto import _AutoRates,_cycle,_put_back,_seen,_whole_batches
 from fastai_discriminative.lr_finder import _suggested
+from fastai_discriminative import points
 from fastai_discriminative.points import BestPoint,lost_share,tempered_loss
 from fastai_discriminative.probe import some_batches
 from bench_step import machine
@@ -72,14 +73,14 @@ def lost(case, lr, seed=0):
     data,arch,size,n,n_epoch = case.split('-')
     learn,shares = learner(data, arch, int(size), int(n)),[]
     class Lost(Callback):
-        order = 58.5 # before `BestPoint`, which may end the phase
-        def before_fit(self): self.learn.best_point._early = lambda: ''
+        order = 58.5 # before `BestPoint`
         def after_epoch(self):
             kb = self.learn.best_point
             if not kb.is_last: return
             preds,targs = [torch.cat(o) for o in zip(*kb._seen)]
             shares.append(round(lost_share(tempered_loss(preds, targs), kb.points[0].loss, targs), 2))
         def after_fit(self): self.learn.points = self.learn.best_point.points
+    points._judged_at = 2. # never
     phases = [Phase(10, frozen=-1, cached=True), Phase(int(n_epoch), slice(lr/10, lr), train_norm='running')]
     set_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     with learn.no_bar(), learn.no_logging(): learn.fit_strategy(Strategy('head, then all', lambda *a: phases, keep_best=BestPoint), int(n_epoch), cbs=Lost())

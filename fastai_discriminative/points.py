@@ -128,7 +128,7 @@ class BestPoint(KeepBest):
     def after_epoch(self):
         super().after_epoch()
         self._valid = self.learn.dls[1] # this process's share, which is there until the fit is over
-        row,note = self.recorder.values[-1],self._early()
+        row,note = self.recorder.values[-1],_why_early(self)
         if (self.learn.strategy_run.is_boundary or note) and len(row)>self._i: self._add('end' if self.is_last else 'head', row, note)
         if note: raise CancelFitException
 
@@ -190,14 +190,13 @@ def lost_share(
     known = float(torch.special.entr(p).sum())-head
     return (loss-head)/known if known>0 else 0.
 
-@patch
-def _early(self:BestPoint):
-    "Why this epoch is the last one, or `''` if it is not"
-    run = self.learn.strategy_run
-    n,done = run.phase.n_epoch,self.epoch+1-(run.ends[run.at]-run.phase.n_epoch)
-    if not (self.is_last and self.points and self._seen and _judged_at*n<=done<n): return ''
-    preds,targs = [torch.cat(o) for o in zip(*self._seen)]
-    loss,head = of_rank_0(tempered_loss(preds, targs)),self.points[0].loss
+def _why_early(kb):
+    "Why this epoch is the last one of `BestPoint` `kb`, or `''` if it is not"
+    run = kb.learn.strategy_run
+    n,done = run.phase.n_epoch,kb.epoch+1-(run.ends[run.at]-run.phase.n_epoch)
+    if not (kb.is_last and kb.points and kb._seen and _judged_at*n<=done<n): return ''
+    preds,targs = [torch.cat(o) for o in zip(*kb._seen)]
+    loss,head = of_rank_0(tempered_loss(preds, targs)),kb.points[0].loss
     lost = lost_share(loss, head, targs)
     if not (lost>_most_lost and loss-head>2/len(targs)**.5): return ''
     return f"The body phase ended after {done} of {n} epochs, since {min(1., lost):.0%} of what the head knew was lost."

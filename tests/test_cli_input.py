@@ -113,7 +113,7 @@ def test_results_among_the_images_are_no_images(tmp_path, capsys, monkeypatch):
     "`cd photos; finetune .` twice: the plot of the first run is no class of the second, and no image to predict"
     monkeypatch.chdir(_classes(tmp_path/'photos'))
     assert main(_fits('.')[0])==0
-    with pytest.warns(UserWarning, match="since they hold the results of a run: .*photos/discriminative-photos'"): assert main(_fits('.')[0])==0
+    with pytest.warns(UserWarning, match="because they contain the results of a run: .*photos/discriminative-photos'"): assert main(_fits('.')[0])==0
     runs = ['discriminative-photos','discriminative-photos-2']
     assert all((Path(o)/'accuracy.png').exists() for o in runs) and folder_images('.').classes==['a','b']
     assert main(['predict', runs[0], '.', '--csv', str(tmp_path/'s.csv')])==0 and len((tmp_path/'s.csv').read_text().splitlines())==13
