@@ -164,10 +164,10 @@ def _make(out):
 
 # %% ../nbs/14b_jobs.ipynb #71216863
 @contextmanager
-def _writing(out):
-    "Raise `DataError` if a file cannot be written"
+def _writing(out, other='folder with --out'):
+    "Raise `DataError` if a file cannot be written; `other` is what to name instead"
     try: yield
-    except (OSError,RuntimeError) as e: raise DataError(f"Cannot write the results to {str(out)!r} ({e}). Is the disk full? Name another folder with --out.") from e
+    except (OSError,RuntimeError) as e: raise DataError(f"Cannot write the results to {str(out)!r} ({e}). Is the disk full? Name another {other}.") from e
 
 # %% ../nbs/14b_jobs.ipynb #92b69ad8
 def _record(a, start, **found):
@@ -367,7 +367,7 @@ def run_predict(
     if a.threads: torch.set_num_threads(a.threads)
     with _spoken(a) as rec:
         p = predict_images([a.learner, *a.ensemble], a.images, a.tta, a.bs, a.workers, a.seed)
-        with _writing(csv): p.save(csv, like, a.positive)
+        with _writing(csv, 'file with --csv'): p.save(csv, like, a.positive)
         counts = pd.Series(p.labels).value_counts() if p.classes else pd.Series(dtype=int)
         if len(counts): print(text_table(('label','images'), counts.head(20).items()))
         print(f"Wrote {len(p.labels)} predictions to {csv}" + (f", in the format of {like.name}." if like else '.'))
