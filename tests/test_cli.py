@@ -163,7 +163,8 @@ def test_a_folder_becomes_a_submission(photos, tmp_path, monkeypatch, capsys):
     assert 'already exists' in _fails(capsys, 'predict', 'discriminative-comp', 'comp') and pd.read_csv('submission.csv').equals(df)
     assert 'no folder' in _fails(capsys, 'predict', 'discriminative-comp', 'comp', '--csv', 'nowhere/x.csv')
     with monkeypatch.context() as m:
-        m.setattr('fastai_discriminative.predict.Predictions.save', lambda *a: open('/dev/full', 'w').write('x'*99999))
+        def _full(*a): raise OSError(28, 'No space left on device')
+        m.setattr('fastai_discriminative.predict.Predictions.save', _full)
         assert 'Name another file with --csv' in _fails(capsys, 'predict', 'discriminative-comp', 'comp', '--csv', 'x.csv')
     assert main(['predict','discriminative-comp','comp','--overwrite','--tta','2','--ensemble','discriminative-comp/learner.pkl'])==0
     assert main(['finetune','comp',*_quick])==0 and (tmp_path/'discriminative-comp-2'/'learner.pkl').exists()
