@@ -339,8 +339,8 @@ def run_compare(
         with _writing(out): _write_record(out/'run.json', rec)
         try: c = compare_strategies(job.ours, a.strategies, a.epochs, a.seeds, monitor='accuracy', fname=out/'comparison.json', bar=sys.stdout.isatty() and not a.quiet)
         except KeyboardInterrupt:
-            if not (out/'comparison.json').exists(): raise KeyboardInterrupt("Interrupted. No fit was completed, so nothing was saved.") from None
-            raise KeyboardInterrupt(f"Interrupted. The completed fits are in {out}. The same command continues from there.") from None
+            kept = f"The completed fits are in {out}. The same command continues from there." if (out/'comparison.json').exists() else "No fit was completed, so nothing was saved."
+            raise KeyboardInterrupt(f'Interrupted. {kept}') from None
         finally:
             if not (out/'comparison.json').exists(): (out/'run.json').unlink() # no fit was completed
         print(c)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np,pytest,torch
 from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,EarlyStoppingCallback,Flip,GradientAccumulation,ImageDataLoaders,
-    MixUp,ReduceLROnPlateau,Resize,aug_transforms,error_rate,partial,set_seed)
+    MixUp,Normalize,ReduceLROnPlateau,Resize,aug_transforms,error_rate,partial,set_seed)
 
 from fastai_discriminative.all import *
-from fastai_discriminative import auto as at_,resume as rs,strategies as st
+from fastai_discriminative import auto as at_,resume as rs,same_fit,strategies as st
 from helpers import *
 from helpers import pre_ours as ours
 
@@ -426,3 +426,11 @@ if __name__=='__main__':
             killed(path, folder, name, kills, start)
             print(f'{i+1}: {name} killed at {kills}: equal', flush=True)
         shutil.rmtree(folder)
+
+def test_statistics_of_a_random_batch_need_a_seed(bright):
+    def _told(seed):
+        set_seed(seed)
+        dls = ImageDataLoaders.from_folder(bright, valid_pct=.33, seed=1, bs=8, num_workers=0, batch_tfms=Normalize())
+        return same_fit._told_data(dls.train, str(dls.path), 1)
+    assert _told(1)==_told(1)
+    assert 'Normalize' in str(_told(1)['transforms']) and any(_told(1)!=_told(o) for o in (2,3))
