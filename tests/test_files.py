@@ -60,6 +60,9 @@ for i in range(n):
         for v in range(1000): save(v)
     os.read(r, 1)
     time.sleep(rng.uniform(0, 3*took))
+    there = set(path.iterdir())
+    end = time.time()+20*(i%2) # every other kill waits for a file that is being written: on a busy machine, chance alone may meet none
+    while time.time()<end and set(path.iterdir())<=there: pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     res.append(whole())
