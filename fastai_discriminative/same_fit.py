@@ -28,7 +28,9 @@ def _name(o):
     "The name of the function or of the kind of `o`"
     n,c = getattr(o, '__name__', type(o).__name__),getattr(o, '__code__', None)
     if n!='<lambda>' or c is None: return n
-    vals = [*c.co_consts, *[v.cell_contents for v in o.__closure__ or ()]]
+    vals = [*c.co_consts, *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
+    for v in o.__closure__ or ():
+        with suppress(ValueError): vals.append(v.cell_contents) # empty while its name has no value
     return f"lambda of {', '.join(map(str, [*c.co_names, *[v for v in vals if isinstance(v, (int,float,str))]]))}"
 
 def _told(o):

@@ -291,6 +291,13 @@ def test_a_lambda_is_known_by_what_is_in_it(bright, tmp_path):
     with pytest.raises(ResumeError, match='phases 0 lr is lambda of 0.001 there and lambda of 0.01 here'): fit(1e-2)(other(bright), resume=tmp_path/'fit.pt')
     fit(1e-3)(other(bright), resume=tmp_path/'fit.pt')
 
+def test_the_name_of_a_lambda_tells_its_defaults_and_bears_what_has_no_value_yet():
+    assert len({same_fit._name(f) for f in (lambda x: x, lambda x, k=3: x, lambda x, k=4: x, lambda x, *, k=5: x)})==4
+    f = lambda: (later, 7)
+    assert same_fit._name(f)=='lambda of 7'
+    later = 2
+    assert same_fit._name(f)=='lambda of 7, 2' and f()==(2, 7)
+
 def test_other_fits_are_refused(bright, tmp_path):
     fname = tmp_path/'fit.pt'
     cut(bright, fname, 5)
