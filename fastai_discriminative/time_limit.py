@@ -23,7 +23,7 @@ class TimeLimit(Callback):
         minutes:float # Time limit in minutes from now
     ):
         if not (isinstance(minutes, (int,float)) and 0<minutes<float('inf')): raise StrategyError(f"`minutes` must be a positive number, got {minutes!r}.")
-        self.end,self.minutes,self.is_over,self._longest = time.monotonic()+60*minutes,minutes,False,0.
+        self.end,self.minutes,self.is_over,self._longest,self._took = time.monotonic()+60*minutes,minutes,False,0.,0.
 
     def _check(self, needed=0.):
         "Stop if fewer than `needed` seconds are left"
@@ -32,11 +32,14 @@ class TimeLimit(Callback):
         raise CancelFitException
 
     def before_fit(self): self._check()
-    def before_epoch(self): self._began = time.monotonic()
+    def before_epoch(self): self._took = 0.
+    def before_train(self): self._began = time.monotonic()
+    def after_train(self): self._took += time.monotonic()-self._began
+    before_validate,after_validate = before_train,after_train
     def after_batch(self):
         if self.training: self._check()
     def after_epoch(self):
-        self._longest = max(self._longest, time.monotonic()-self._began)
+        self._longest = max(self._longest, self._took)
         if self.epoch+1<self.n_epoch: self._check(self._longest)
 
     @property

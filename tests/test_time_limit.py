@@ -61,3 +61,17 @@ def test_fits_have_equal_shares_of_what_is_left():
     learn = _learner()
     with learn.no_bar(), learn.no_logging(): learn.fit(5, cbs=limit.share(2))
     assert limit.minutes_left==0 and len(learn.recorder.values)==0
+
+class SlowStart(Callback):
+    "What takes long once, before the batches, as features do that are cached"
+    order = 12
+    def before_train(self):
+        if self.epoch==0: time.sleep(1)
+    def before_validate(self):
+        if self.epoch==0: time.sleep(1)
+
+def test_what_is_done_once_does_not_end_a_fit():
+    "The first epoch takes over two seconds and the others nearly nothing, so there is room for nine more in less than two"
+    learn,limit = _learner(),TimeLimit(3.5/60)
+    with learn.no_bar(), learn.no_logging(): learn.fit(10, cbs=[SlowStart(), limit])
+    assert len(learn.recorder.values)==10 and not limit.is_over
