@@ -120,7 +120,7 @@ class _AutoRates:
         groups,k = learn.splitter.find(learn.model),max(_least_steps, _trial_steps(n_steps))
         train,valid = _whole_batches(learn, k),some_batches(learn, max(1, k//2), 1, share=True)
         (start,chance),hi,res = of_rank_0(_seen(learn, valid)),self.preset.lr_high,[]
-        if not chance>1.001*start: raise StrategyError("On the validation images, the trained head is no better than a model that knows nothing.")
+        if not chance>1.001*start: raise StrategyError("On the validation images, the head is no better than a model that knows nothing. Train the head first, or longer.")
         while len(res)<_most_trials:
             with _put_back(learn):
                 _cycle(learn, self.at(hi, groups), train)

@@ -327,6 +327,8 @@ def compare_strategies(
     bar:bool=True # Show a progress bar over the fits?
 )->StrategyComparison: # With `results`, `table()`, `plot()`, `failures`
     "Train a new learner with each strategy and seed from the same start; raises `StrategyError` before anything runs, and records later failures"
+    if isinstance(make_learner, Learner) or not callable(make_learner):
+        raise StrategyError(f"`make_learner` is a function that makes a new learner with its data, not a {type(make_learner).__name__}: `def make_learner(): return vision_learner(...)`.")
     named,n_epoch = _named(strategies),_n_epochs(n_epoch)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if budget not in ('epochs','seconds'): raise StrategyError(f"Unknown budget {budget!r}.{near_matches(budget, ['epochs','seconds'])} Use 'epochs' or 'seconds'.")

@@ -200,6 +200,7 @@ def _presets(look):
 
 def _find_steps(look):
     if not look.pretrained: raise NotKnown("nothing is pretrained")
+    if min(look.frozen)>=getattr(look.groups, 'n_body', math.inf): raise NotKnown("only new layers train")
     p,n = next(iter(_presets(look)), None),look.case.n_steps
     if p is None: raise NotKnown("the rates are your own")
     name = getattr(look.strategy, 'name', look.strategy)
@@ -234,8 +235,8 @@ def _find_decay(look):
 # %% ../nbs/09b_findings.ipynb #2ce5a944
 def _is_untouched(m):
     "Is norm layer `m` in its initial state?"
-    w,b,mean = (getattr(m, k, None) for k in ('weight','bias','running_mean'))
-    if not isinstance(w, Tensor) or not bool((w==w.flatten()[0]).all()) or float(w.flatten()[0]) not in (0.,1.): return False
+    w,b,mean = (t.detach() if isinstance(t := getattr(m, k, None), Tensor) else None for k in ('weight','bias','running_mean'))
+    if w is None or not bool((w==w.flatten()[0]).all()) or float(w.flatten()[0]) not in (0.,1.): return False
     return all(t is None or not bool(t.any()) for t in (b, mean))
 
 def _slow_groups(look, n_body):
@@ -245,6 +246,11 @@ def _slow_groups(look, n_body):
         if i>=n_body and p and k<n_body and p.lr[i]<=max(p.lr[k:n_body]): yield g.name,p.lr[i]
 
 # %% ../nbs/09b_findings.ipynb #948126e2
+def _load_or_scratch(look):
+    "What to do about a body that is random: load weights of its architecture, or train all layers of a model of one's own at the rate of a head"
+    if getattr(look.learn, 'arch', None) or look.groups.arch: return "learn = discriminative_learner(dls, arch, weights_file='checkpoint.safetensors')"
+    return "learn.split(preset=preset_for(learn.model, regime='random'))"
+
 def _find_random_layers(look):
     gs,learn = look.groups,look.learn
     if not look.pretrained: raise NotKnown("nothing is pretrained")
@@ -252,7 +258,7 @@ def _find_random_layers(look):
     if not n_body: raise NotKnown("all layers are in one group")
     norms = _body_norms(look)
     bare,n = [k for k,m in norms.items() if _is_untouched(m)],len(norms)
-    if bare and len(bare)==n: return f"All {n} norm layers of the body are in their initial state: its weights look random, not pretrained.", "learn = discriminative_learner(dls, arch, weights_file='checkpoint.safetensors')"
+    if bare and len(bare)==n: return f"All {n} norm layers of the body are in their initial state: its weights look random, not pretrained.", _load_or_scratch(look)
     if bare: return (f"The norm layers {list_some(bare)} in the body are in their initial state: they are random, but train at the body's rates.",
         f"learn.split(new={sorted({o.rpartition('.')[0] or o for o in bare})[:5]!r})")
     if getattr(getattr(learn, 'recorder', None), 'values', None): raise NotKnown("the learner has trained before, so its head is not random")

@@ -107,6 +107,7 @@ class ParamLists(list):
         super().__init__(lists)
         self.names,self.no_wd,self.group_names = list(names),frozenset(no_wd),list(group_names)
         self.n_body = len(self)-1 if n_body is None else n_body
+    def __repr__(self): return f"ParamLists of {', '.join(str(len(o)) for o in self)} parameters"
 
 # %% ../nbs/02_groups.ipynb #bf5301db
 @dataclass(frozen=True)
@@ -131,8 +132,10 @@ def _group_name(run):
     "Name of a group of layers: `blocks.0`, `blocks.0-3`, `conv_stem ... blocks.1.0`"
     a,b = run[0],run[-1]
     if len(run)==1: return a.name
-    i,j = (re.search(r'^(.*\d)\D*$', o.name) for o in (a,b))
-    return f"{i[1]}-{re.search('[0-9]+$', j[1])[0]}" if i and j and a.stage==b.stage else f'{a.name} ... {b.name}'
+    i,*_,j = ends = [re.search(r'^(.*?)(\d+)\D*$', o.name) for o in run]
+    counts = [int(o[2]) for o in ends if o]
+    if i and j and a.stage==b.stage and counts[0]<counts[-1] and counts==sorted(counts): return f'{i[1]}{i[2]}-{j[2]}'
+    return f'{a.name} ... {b.name}'
 
 def _body_group(run):
     "The `LayerGroup` of a run of pretrained layers"

@@ -247,12 +247,12 @@ def _check_params(model, params):
         raise SplitterError(f"{type(model).__name__} has no trainable parameter ({len(params)} in all). Unfreeze some with `requires_grad_(True)` first.")
 
 # %% ../nbs/01c_layers.ipynb #65fb7c5d
-def _no_wd_names(bb, names):
-    "Those of the parameter `names` that the timm model excludes from weight decay"
-    if bb is None or not hasattr(bb.module, 'no_weight_decay'): return ()
-    pats,start = set(bb.module.no_weight_decay()),len(bb.prefix)
-    wild = [p for p in pats if set(p)&set('*?[')]
-    return tuple(n for n in names if n.startswith(bb.prefix) and (n[start:] in pats or any(fnmatch(n[start:], p) for p in wild)))
+def _no_wd_names(model, bb, names):
+    "Those of the parameter `names` that `model` or its backbone excludes from weight decay, as timm's models do"
+    mods = {'':model, **({bb.prefix:bb.module} if bb else {})}
+    pats = [dot+p for dot,m in mods.items() if hasattr(m, 'no_weight_decay') for p in m.no_weight_decay()]
+    plain,wild = set(pats),[p for p in pats if set(p)&set('*?[')]
+    return tuple(n for n in names if n in plain or any(fnmatch(n, p) for p in wild))
 
 # %% ../nbs/01c_layers.ipynb #5180144b
 def _part_names(item, params):
@@ -391,5 +391,5 @@ def model_map(
     new = {k:ns for k,o in new.items() if (ns := tuple(n for n in o if n not in found.head))}
     name,head_name = type(model).__name__,'decoder' if type(model).__name__=='DynamicUnet' else 'head'
     return ModelMap(found.layers, tuple(found.head), new, found.rule, bb.family.name if bb else name, bb.arch if bb else '',
-        {n:tuple(p.shape) for n,p in w.params.items()}, frozenset(w.norms), frozenset(_no_wd_names(bb, w.params)), w.aliases,
+        {n:tuple(p.shape) for n,p in w.params.items()}, frozenset(w.norms), frozenset(_no_wd_names(model, bb, w.params)), w.aliases,
         bb and bb.family.n_groups, head_name, found.trace)

@@ -97,7 +97,7 @@ def _as_preset(preset, learn, arch, opt_func):
     "The `Preset` for `preset`, which is an architecture name, a `Preset` or `None`"
     if isinstance(preset, Preset): return _check_units(preset, opt_func)
     units,bb = optimizer_units(opt_func),find_backbone(unwrap_model(learn.model), arch)
-    within = next((a for a in map(arch_of, learn.model.modules()) if a), None) # a timm backbone whose class does not say so: `features_only`
+    within = next((a for a in map(arch_of, learn.model.modules()) if a), None) # the first of several timm backbones
     regime = 'random' if preset is None and body_is_random(learn) else None
     def _find(regime): return preset_for(what, optimizer=units if units in ('adamw','sgd') else 'adamw', regime=regime)
     what = preset or (bb.module if bb and not isinstance(bb.module, nn.Sequential) else arch or within or learn.model)
@@ -161,6 +161,9 @@ def _takes_groups(name, f, always=False):
 # %% ../nbs/06_learner.ipynb #f115c5dc
 def _freeze_to(learn, n):
     "What is frozen does not move; `n` may also be the name of a group, a layer or a module"
+    if not in_layer_groups(learn):
+        if isinstance(n, str): raise OptimizerStateError(f"`freeze_to({n!r})` needs layer groups. Call `learn.split()` first.")
+        return Learner.freeze_to._stock(learn, n)
     if learn.opt is None: learn.create_opt()
     learn.true_freeze.freeze_to(n)
     learn.opt.clear_state()
@@ -170,7 +173,7 @@ def _freeze(learn):
     groups = learn.splitter.find(learn.model)
     learn.freeze_to(min(groups.n_body, len(groups)-1))
 
-_takes_groups('freeze_to', _freeze_to)
+_takes_groups('freeze_to', _freeze_to, always=True)
 _takes_groups('freeze', _freeze)
 
 # %% ../nbs/06_learner.ipynb #8962a0fe
@@ -287,7 +290,8 @@ def _slice_lrs(lr, groups):
 
 def _check_preset(learn, lr):
     "The `Preset` for `lr`, which is a `Preset` or `'preset'`; raises `PresetError` if `learn` cannot use it"
-    if isinstance(lr, str) and lr!='preset': raise PresetError(f"Unknown learning rate {lr!r}.{near_matches(lr, ['preset'])} Use a number, a slice, a list, a `Preset` or 'preset'.")
+    if isinstance(lr, str) and lr!='preset':
+        raise PresetError(f"Unknown learning rate {lr!r}.{near_matches(lr, ['preset'])} Use a number (without quotes), a slice, a list, a `Preset` or 'preset'; a strategy goes into `learn.fit_strategy`.")
     if not in_layer_groups(learn): raise PresetError("A preset needs layer groups. Call `learn.split()` first.")
     preset = learn.preset if lr=='preset' else lr
     if preset is None: raise PresetError(f"No preset is known in the units of {learn.opt_func}. Give your own rates, or call `learn.split(fused=True)` for AdamW.")

@@ -170,6 +170,7 @@ def _groups(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):
 
 # %% ../nbs/09_lr_finder.ipynb #f7cd5a2c
 def _trials(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):
+    if all(f for g,f in zip(learn.layer_groups, learn.layer_groups.frozen) if not g.is_new): raise ReportError("The body is frozen, so no rates can be tried on it. Call `learn.unfreeze()` first.")
     auto = _AutoRates(learn.preset.scaled(*case), None)
     with _as_it_was(learn): trials = auto._search(learn, case.n_steps)
     hi,why = auto._conclude(trials, case)

@@ -36,7 +36,7 @@ class Family:
     modules:tuple=() # Python modules that define such models, such as `'timm.models.convnext'`
     archs:tuple=() # Regular expressions for names of architectures or model classes, if a module holds several families
     n_groups:int|None=None # Default number of groups including the head; `None` for one per stage
-    recipes:dict=field(default_factory=dict) # Pretraining regime -> ids of published recipes, see `preset_for`
+    recipes:dict=field(default_factory=dict) # Pretraining regime -> ids of published recipes, or a `Preset`; see `preset_for`
     source:str='' # Paper or repository
     @property
     def registered(self)->bool:
@@ -54,19 +54,27 @@ def _check_names(name, modules, archs):
         try: re.compile(o)
         except re.error as e: raise FamilyError(f"Family {name!r}: `archs` are regular expressions, and {o!r} is none ({e}).") from e
 
+def _check_settings(name, n_groups, recipes):
+    "Raise `FamilyError` for settings of the family `name` that could not be used later"
+    if n_groups is not None and (isinstance(n_groups, bool) or not isinstance(n_groups, int) or n_groups<2):
+        raise FamilyError(f"Family {name!r}: `n_groups` is a whole number from 2, the head's group included, or `None`; got {n_groups!r}.")
+    if recipes is not None and not isinstance(recipes, dict):
+        raise FamilyError(f"Family {name!r}: `recipes` is a dict from a pretraining regime to ids or a `Preset`, such as {{'supervised': {recipes!r}}}.")
+
 def register_family(
     name:str, # Name of the family
     modules:str|tuple=(), # Python modules that define its models
     archs:str|tuple=(), # Regular expressions that match whole names: architectures (without pretrained tag) or model classes
     n_groups:int|None=None, # Default number of groups including the head; `None` for one per stage
-    recipes:dict|None=None, # Pretraining regime -> ids of published recipes
+    recipes:dict|None=None, # Pretraining regime -> ids of published recipes, or a `Preset` with rates of the family's own
     source:str='', # Paper or repository
     exist_ok:bool=False, # Replace a family of the same name?
 )->Callable: # Decorator for the function that yields a backbone's layers in execution order
-    "Register a `Family`; raises `FamilyError` if `name` is taken, or if neither `modules` nor `archs` is given"
+    "Register a `Family`; raises `FamilyError` if `name` is taken, if neither `modules` nor `archs` is given, or if a setting cannot be used"
     modules,archs = tuplify(modules),tuplify(archs)
     if not modules and not archs: raise FamilyError(f"Family {name!r} has neither `modules` nor `archs`, so no model could match it. Pass at least one of them.")
     _check_names(name, modules, archs)
+    _check_settings(name, n_groups, recipes)
     def _inner(layers):
         if name in _families and not exist_ok:
             raise FamilyError(f"Family {name!r} is already registered. Choose another name, or pass `exist_ok=True` to replace it.")
@@ -179,6 +187,7 @@ def find_family(
         if arch and timm.is_model(arch): return _find_name(arch, timm.model_entrypoint(arch).__module__)
         found = (_find_name(c.__name__, c.__module__) for c in type(x).__mro__ if c.__module__.partition('.')[0] != 'torch')
         return next((f for f in found if f.registered), Family(type(x).__name__))
+    if isinstance(getattr(x, 'model', None), nn.Module): raise FamilyError(f"Expected an architecture or a model, got a {type(x).__name__}. Pass its model: `learn.model`.")
     if callable(x): return _find_name(getattr(x, '__name__', ''), getattr(x, '__module__', ''))
     raise FamilyError(f"Expected an architecture name, an architecture function or a model, got {type(x).__name__}.")
 

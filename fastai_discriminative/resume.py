@@ -346,6 +346,7 @@ def run_fit(
     file.open(learn, call if file is resume else {**call, 'frozen groups':learn.true_freeze.note()})
     if file.is_complete:
         warnings.warn(f"'{file.path}' holds this fit, complete after {file.state['epoch']} epochs. Nothing is trained, and the learner is in the state at its end. To train again, choose another file.")
+        learn.recorder.before_fit() # makes what the fit records into
         return file.put(learn, [*learn.cbs, *cbs])
     learn._do_fit = partial(_epochs, learn, file)
     try: fit()

@@ -4,6 +4,7 @@ os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
 
 import matplotlib.pyplot as plt,numpy as np,pytest,torch
 from PIL import Image
+from fastai_discriminative.registry import _families,_find_name,list_families
 from small_models import add_small_models
 
 add_small_models()
@@ -51,6 +52,16 @@ def no_leaks():
     assert not leaks, f"environment variables left changed: {leaks}"
     assert not moved, "the working folder was left changed"
     assert not switched, "gradients were left switched on or off"
+
+@pytest.fixture
+def own_families():
+    "The test may register families, which are removed afterwards"
+    list_families()
+    was = dict(_families)
+    yield
+    _families.clear()
+    _families.update(was)
+    _find_name.cache_clear()
 
 # ---- data
 

@@ -8,7 +8,6 @@ from torch import nn
 from fastai_discriminative import checks as C
 from fastai_discriminative.checks import *
 from fastai_discriminative.groups import *
-from fastai_discriminative import registry
 from fastai_discriminative.registry import *
 from small_models import newer
 
@@ -31,17 +30,7 @@ def _net_layers(m):
     yield from m.blocks
 
 @pytest.fixture
-def families():
-    "The registry as it was before"
-    list_families()
-    was = dict(registry._families)
-    yield
-    registry._families.clear()
-    registry._families.update(was)
-    registry._find_name.cache_clear()
-
-@pytest.fixture
-def net_family(families): register_family('net', archs='Net')(_net_layers)
+def net_family(own_families): register_family('net', archs='Net')(_net_layers)
 
 # ## What is right passes
 
@@ -88,7 +77,7 @@ def test_every_choice_of_norms(arch, train_norm): C._check_training(C._Case(arch
 def _failing(name, what, match, **kwargs):
     with pytest.raises(SplitterError, match=match): splitter_checks(what, **kwargs)[name]()
 
-def test_wrong_order(families):
+def test_wrong_order(own_families):
     register_family('net', archs='Net')(lambda m: [*m.blocks, m.stem, m.norm])
     _failing('rules', Net, r"stem.weight is in group 4 \('stem'\), but first used before blocks.0.0.weight of group 0", input_size=size)
 

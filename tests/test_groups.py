@@ -2,6 +2,7 @@
 import pickle,re
 from copy import deepcopy
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np,pytest,timm,torch,torchvision
 from fastai.torch_core import TensorBase
@@ -10,13 +11,12 @@ from torch import nn
 from timm.models.vision_transformer import Block,VisionTransformer
 
 from fastai_discriminative.groups import *
-from fastai_discriminative.groups import _natural,_partition
+from fastai_discriminative.groups import _group_name,_natural,_partition
 from fastai_discriminative.backbone import named_params as _named_params
 from fastai_discriminative.paths import ModelLayer as _Layer,merge_small as _merge_small
 from fastai_discriminative.rules import *
 from fastai_discriminative.presets import *
 from fastai_discriminative.registry import *
-from fastai_discriminative.registry import _families,_find_name
 from fastai_discriminative.trace import _FirstUse
 
 def _meta(arch, **kwargs):
@@ -95,17 +95,13 @@ def test_n_groups_of_a_headless_model():
     assert len(_sound(layer_groups(m, 1), m))==1 and not layer_groups(m, 1)[0].is_head
     with pytest.raises(SplitterError, match='has 9 layers, so n_groups=10.*from 1 to 9'): layer_groups(m, 10)
 
-def test_default_of_the_family():
+def test_default_of_the_family(own_families):
     register_family('groups_of_four', archs='FourNet', n_groups=4)(lambda m: m.children())
     class FourNet(nn.Sequential): pass
-    try:
-        m = FourNet(*[nn.Linear(4,4) for _ in range(8)])
-        assert len(layer_groups(m))==4 and len(layer_groups(m, 'block'))==8
-        m = FourNet(nn.Linear(4,4), nn.Linear(4,4))
-        assert len(layer_groups(m))==2, "no more than there are layers"
-    finally:
-        _families.pop('groups_of_four')
-        _find_name.cache_clear()
+    m = FourNet(*[nn.Linear(4,4) for _ in range(8)])
+    assert len(layer_groups(m))==4 and len(layer_groups(m, 'block'))==8
+    m = FourNet(nn.Linear(4,4), nn.Linear(4,4))
+    assert len(layer_groups(m))==2, "no more than there are layers"
 
 # ## The cut
 
@@ -342,6 +338,25 @@ def test_no_wd_is_timms(arch):
     w = Wrapper(m, 1000)
     assert layer_groups(w)(w).no_wd=={f'backbone.{n}' for n in _names(m) if n in want}
 
+class Undecayed(nn.Module):
+    "A class of one's own that says what has no weight decay, as timm's models do"
+    def __init__(self):
+        super().__init__()
+        self.pos,self.down,self.fc = nn.Parameter(torch.ones(4, 4)),nn.Linear(4, 4),nn.Linear(4, 2)
+    def no_weight_decay(self): return {'pos','down.*'}
+    def forward(self, x): return self.fc(self.down(x+self.pos))
+
+def test_no_wd_of_a_class_of_ones_own():
+    m = Undecayed()
+    assert layer_groups(m, x=torch.zeros(2,4,4))(m).no_wd=={'pos','down.weight','down.bias'}
+    m.inner = timm.create_model('test_vit') # its own list counts as well
+    m.forward = lambda x: m.fc(m.down(m.inner(x)[:,:4]+m.pos[0]))
+    assert layer_groups(m)(m).no_wd=={'pos','down.weight','down.bias','inner.pos_embed','inner.cls_token'}
+
+@pytest.mark.parametrize('names,want', [('b.1 b.2 b.3','b.1-3'), ('b.1 b.3 b.0 b.2','b.1 ... b.2'), ('s_3.a s_3.b','s_3.a ... s_3.b'), ('l.0.conv1 l.0.down.1 l.0.conv2','l.0.conv1-2'), ('b.9','b.9')])
+def test_a_group_is_named_by_numbers_only_where_they_count_up(names, want):
+    assert _group_name([SimpleNamespace(name=n, stage='s') for n in names.split()])==want
+
 def test_param_lists():
     m = timm.create_model('test_vit')
     gs = layer_groups(m, 3)
@@ -531,7 +546,8 @@ def test_splitter_that_changes_its_mind(model):
 
 def test_good_splitters_pass(model):
     assert [len(o) for o in check_splitter(Bad('generators'), model)]==[len(o) for o in layer_groups(model, 3)(model)]
-    assert isinstance(check_splitter(Splitter(), model), ParamLists)
+    res = check_splitter(Splitter(), model)
+    assert isinstance(res, ParamLists) and len(repr(res))<200, 'no values of parameters in the output of a cell'
     check_splitter(fastais_own, nn.Sequential(timm.create_model('resnet10t', num_classes=0), nn.Sequential(nn.Linear(timm.create_model('resnet10t').num_features, 2))))
 
 def fastais_own(m): return [list(m[0].parameters()), list(m[1].parameters())]

@@ -69,6 +69,28 @@ def test_features_only(arch, size):
     assert gs[-1].param_names==('heads.weight','heads.bias') and all(n.startswith('body.') for g in gs[:-1] for n in g.param_names)
     assert learn.preset.family==find_family(arch).name, "the preset knows the backbone that the class hides"
 
+class Laterals(nn.Module):
+    "New layers beside the backbone's, between its stages in the order of use"
+    def __init__(self, arch, start):
+        super().__init__()
+        self.net,self.start = timm.create_model(arch, features_only=True),start
+        self.lat = nn.ModuleList(nn.Conv2d(o, 16, 1) for o in self.net.feature_info.channels()[start:])
+        self.out = nn.Linear(16, 2)
+    def forward(self, x): return self.out(sum(l(o).mean((2,3)) for l,o in zip(self.lat, self.net(x)[self.start:])))
+
+@pytest.mark.parametrize('arch', ['resnet10t','tf_efficientnet_lite0','mobilenetv3_small_050','vgg11','cspresnet50'])
+@pytest.mark.parametrize('start', [0,-1])
+def test_all_layers_around_features_only_are_new(arch, start):
+    learn = Learner(_dls(size=64), Laterals(arch, start), loss_func=CrossEntropyLossFlat()).split()
+    gs = learn.layer_groups
+    assert {n.split('.')[0] for n in gs[-1].param_names}=={'lat','out'} and gs[-1].is_head, gs
+    assert {n.split('.')[0] for g in gs[:-1] for n in g.param_names}=={'net'} and gs.arch.startswith(arch)
+
+def test_features_only_alone_have_no_head():
+    m = timm.create_model('tf_efficientnet_lite0', features_only=True)
+    gs = layer_groups(m)
+    assert not any(g.is_new for g in gs) and preset_for(m).lrs(gs).max()==pytest.approx(preset_for(m).lr_high)
+
 # ## Hugging Face
 
 class Wrapped(nn.Module):

@@ -167,6 +167,20 @@ def test_registered_recipes_exist_and_are_usable(fam):
         assert regime in preset_regimes and ids
         for i in ids: assert _usable(table[i], 'adamw') or _usable(table[i], 'sgd'), (fam.name, regime, i)
 
+class OwnNet(torch.nn.Linear): pass
+
+def test_a_familys_own_rates(own_families):
+    own = Preset(1e-5, 1e-4, 5, bs=128)
+    register_family('own', archs='OwnNet', recipes=dict(supervised=own))(lambda m: [m])
+    m = OwnNet(4, 2)
+    assert preset_for(m, bs=128)==replace(own, regime='supervised', family='own', note='rates that the family was registered with; pretrained tag unknown, taken as supervised on ImageNet-1k')
+    p = preset_for(m, bs=512, n_steps=100, size=64)
+    assert (p.lr_low, p.lr_high, p.head_lr)==pytest.approx((2e-5, 2e-4, 1e-3)) and p.law is None and not p.sources
+    assert preset_for(m, regime='ssl').lr_high==preset_for('resnet18', regime='ssl').lr_high, 'the mean of the regime, as for any family without recipes'
+    with pytest.raises(PresetError, match="family 'own' for 'supervised' are for adamw, not for sgd"): preset_for(m, optimizer='sgd')
+    register_family('own', archs='OwnNet', recipes=dict(super=own), exist_ok=True)(lambda m: [m])
+    with pytest.raises(PresetError, match="Unknown regime 'super' of family 'own'. Did you mean 'supervised'"): preset_for(m)
+
 def test_unregistered_recipes_are_usable():
     for fam,recipes in _unregistered.items():
         for regime,ids in recipes.items(): assert regime in preset_regimes and all(_usable(table[i], 'adamw') or _usable(table[i], 'sgd') for i in ids), (fam, regime)

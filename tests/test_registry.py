@@ -9,19 +9,11 @@ from torch import nn
 from fastai_discriminative import registry
 from fastai_discriminative.registry import *
 from fastai_discriminative.core import near_matches
-from fastai_discriminative.registry import arch_of,_default_tag,_families,_find_name,split_arch
+from fastai_discriminative.registry import arch_of,_default_tag,_families,split_arch
 
 root = Path(__file__).parent.parent
 
-@pytest.fixture(autouse=True)
-def own_families():
-    "Each test may register families, which are removed afterwards"
-    list_families()
-    was = dict(_families)
-    yield
-    _families.clear()
-    _families.update(was)
-    _find_name.cache_clear()
+pytestmark = pytest.mark.usefixtures('own_families')
 
 def _stem(m): yield m
 
@@ -67,6 +59,11 @@ def test_builtin_is_not_replaced_by_accident():
 
 def test_family_that_matches_nothing_is_refused():
     with pytest.raises(FamilyError, match='neither `modules` nor `archs`'): register_family('mine')
+
+@pytest.mark.parametrize('kw,match', [(dict(recipes=(1,2)), r"`recipes` is a dict .*such as {'supervised': \(1, 2\)}"), (dict(n_groups=1), 'from 2.*got 1'), (dict(n_groups='4'), "got '4'"), (dict(n_groups=True), 'got True')])
+def test_settings_that_could_not_be_used_later(kw, match):
+    with pytest.raises(FamilyError, match=f"'mine'.*{match}"): register_family('mine', archs='my_net', **kw)
+    assert 'mine' not in _families
 
 def test_families_are_sorted_and_registered():
     names = [f.name for f in list_families()]
