@@ -102,6 +102,27 @@ def test_a_boundary_inside_a_new_group_thaws_that_group(dls):
     cold = frozen_names(learn)
     assert all(f==(n not in cold) for n,f in flags(learn).items())
 
+def test_names_need_layer_groups(dls):
+    learn = stock(dls)
+    with pytest.raises(OptimizerStateError, match=r"`freeze_to\('head'\)` needs layer groups. Call `learn.split\(\)`"): learn.freeze_to('head')
+    assert learn.opt is None or not learn.opt.frozen_idx
+    learn.freeze_to(1)
+    assert learn.opt.frozen_idx==1
+
+@pytest.mark.parametrize('lr,hint', [('1e-3','without quotes'), ('auto','a strategy goes into `learn.fit_strategy`')])
+def test_a_text_is_no_rate(dls, lr, hint):
+    with pytest.raises(PresetError, match=f"Unknown learning rate '{lr}'.*{hint}"): stock(dls).split().fit_one_cycle(1, lr)
+
+def test_a_learner_is_not_its_model(dls):
+    learn = stock(dls)
+    for f in (layer_groups, model_map, Splitter(), lambda o: check_splitter(Splitter(n_groups=2), o), lambda o: Learner(dls, o, loss_func=learn.loss_func).split()):
+        with pytest.raises(SplitterError, match='Expected a model .*got a Learner. Pass its model: `learn.model`'): f(learn)
+    for f in (preset_for, find_family):
+        with pytest.raises(FamilyError, match='got a Learner. Pass its model: `learn.model`'): f(learn)
+    with pytest.raises(SplitterError, match=r"got a str. Build one first: `timm.create_model\('resnet18'\)`"): layer_groups('resnet18')
+    with pytest.raises(SplitterError, match='got a NoneType. Pass a model'): layer_groups(None)
+    with pytest.raises(StrategyError, match='`make_learner` is a function .*not a Learner'): compare_strategies(learn, ['lp_ft'], 1)
+
 def test_parameters_frozen_by_hand_stay_frozen(dls):
     learn = stock(dls)
     for p in learn.model[0].parameters(): p.requires_grad_(False)

@@ -170,6 +170,11 @@ def test_a_head_that_knows_nothing(learn):
         for p in learn.model[1].parameters(): p.zero_()
     with pytest.raises(StrategyError, match='knows nothing'): learn.lr_find_groups('trials')
 
+def test_a_frozen_body_is_refused_by_trials_only(learn):
+    learn.freeze()
+    with pytest.raises(ReportError, match=r'The body is frozen.*`learn.unfreeze\(\)`'): learn.lr_find_groups('trials')
+    assert learn.lr_find_groups('joint', num_it=20, end_lr=1.).lrs[0]==0
+
 def test_two_groups_are_the_fewest(dls):
     learn = plain(dls, own_net()).split(n_groups=2)
     assert len(learn.lr_find_groups('joint', ratio=1., num_it=20, end_lr=1.).lrs)==2

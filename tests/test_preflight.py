@@ -97,6 +97,15 @@ def test_steps(learn):
     n = 90*2
     assert learn.preset.scaled(*fit_case(learn, n_epoch=90)).lr_high==pytest.approx(learn.preset.law.at(n, 32)*(8/64)**.5)
 
+def test_steps_do_not_matter_to_a_body_that_never_trains(learn):
+    assert learn.preflight(1, 'feature_extraction').skipped['steps']=='only new layers train'
+
+def test_a_model_of_ones_own_that_was_never_trained(dls):
+    learn = plain(dls, own_net()).split(2)
+    f = found(learn.preflight(1))['random_layers']
+    assert 'look random' in f.what and f.fix=="learn.split(preset=preset_for(learn.model, regime='random'))"
+    assert eval(f.fix).preset.regime=='random' and 'random_layers' not in found(learn.preflight(1))
+
 def test_steps_of_recipes_that_no_law_carries_over(dls):
     learn = quiet(discriminative_learner(dls, 'convnext_tiny.fb_in22k', pretrained=False, preset=Preset(1e-5, 1e-4, sources=preset_for('convnext_tiny.fb_in22k').sources)))
     learn.pretrained = True
