@@ -2142,6 +2142,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'fastai_discriminative/schedules.py'),
                                                  'fastai_discriminative.schedules.GroupHypers.__init__': ( 'schedules.html#grouphypers.__init__',
                                                                                                            'fastai_discriminative/schedules.py'),
+                                                 'fastai_discriminative.schedules.GroupHypers.__iter__': ( 'schedules.html#grouphypers.__iter__',
+                                                                                                           'fastai_discriminative/schedules.py'),
                                                  'fastai_discriminative.schedules.GroupHypers.__len__': ( 'schedules.html#grouphypers.__len__',
                                                                                                           'fastai_discriminative/schedules.py'),
                                                  'fastai_discriminative.schedules.GroupHypers.__repr__': ( 'schedules.html#grouphypers.__repr__',

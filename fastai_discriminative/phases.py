@@ -216,7 +216,7 @@ def find_strategy(
 )->Strategy: # The strategy of this name
     "Find the strategy `name`; raises `StrategyError` with the nearest names if there is none"
     if name in _strategies: return _strategies[name]
-    raise StrategyError(f"Unknown strategy {name!r}.{near_matches(name, _strategies)} There are: {', '.join(_strategies)}. `register_strategy` adds one of your own.")
+    raise StrategyError(f"Unknown strategy {name!r}.{near_matches(name, _strategies)} There are: {', '.join(_strategies)}; 'fastai' is its `fine_tune`. `register_strategy` adds one of your own.")
 
 # %% ../nbs/07b_phases.ipynb #da21db32
 def _ready(learn):

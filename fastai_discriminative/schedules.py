@@ -54,6 +54,7 @@ class GroupHypers:
         self._log = {k:([], array('d')) for k in [*(k for k in hypers[0] if _is_number(k)),'frozen']} # steps at which rows begin, and the rows
 
     def __len__(self): return self.n
+    def __iter__(self): return iter(self.keys())
     def __repr__(self): return f"GroupHypers({', '.join(self.keys())} of {len(self.names)} groups at {self.n} steps)"
 
     def keys(self)->list: # List of names

@@ -57,6 +57,7 @@ def test_what_stays_constant_is_kept_once(dls):
 
 def test_only_numbers_are_hyper_parameters():
     hps = GroupHypers(['a','b'], [dict(lr=1, foreach=None, amsgrad=False, betas=(1,2)), dict(lr=np.float64(2), foreach=None, amsgrad=False, betas=(1,2))])
+    assert list(hps)==hps.keys() and dict.fromkeys(hps)
     assert hps.keys()==['lr']
     with pytest.raises(KeyError, match='there are lr'): hps['amsgrad']
 
