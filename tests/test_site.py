@@ -1,5 +1,5 @@
 "The website, as `tools/build_docs.py` left it: no dead link or anchor, nothing from another host; in a browser no error, enough contrast in both modes, and a search that finds"
-import http.server,os,re,shutil,threading
+import dataclasses,functools,html,http.server,importlib,inspect,json,os,re,shutil,threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -57,6 +57,44 @@ def test_the_sitemap_holds_whole_addresses():
 def test_classes_are_shown_as_classes():
     text = (docs/'phases.html.md').read_text(encoding='utf-8')
     assert 'class Phase(' in text and 'def Phase(' not in text
+
+def _read(room, ext):
+    "A page as text: no tags, no links, no backticks"
+    s = (docs/f'{room}.{ext}').read_text(encoding='utf-8')
+    if ext=='html': s = html.unescape(re.sub(r'<[^>]*>', '', s))
+    return re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', s.replace('`', '')).replace('\u2019', "'")
+
+def _public_classes():
+    "`(room, class)` for the public classes that have a page"
+    rooms = {m:importlib.import_module(m) for m in (f'fastai_discriminative.{p.stem}' for p in (docs.parent/'fastai_discriminative').glob('[!_]*.py')) if m!='fastai_discriminative.all'}
+    return [(m.split('.')[1], o) for m,room in rooms.items() for o in vars(room).values() if isinstance(o, type) and o.__module__==m and o.__name__ in room.__all__]
+
+@pytest.mark.parametrize('ext', ['html','html.md'])
+def test_fields_are_explained(ext):
+    "Every public class has its text on its page, and a dataclass the comments of its fields, as `help` does"
+    known = json.loads((docs.parent/'fastai_discriminative'/'data'/'help.json').read_text(encoding='utf-8'))
+    lost,n = [],0
+    for room,cls in _public_classes():
+        page,says = _read(room, ext),[]
+        if dataclasses.is_dataclass(cls):
+            section = known[room][cls.__name__].partition('Parameters\n')[2]
+            says = [f'{k}:' for k in cls.__dataclass_fields__] + [f' # {o.strip()}' for o in re.findall(r'^    (.+)$', section, re.M)]
+            assert len(says)==2*len(cls.__dataclass_fields__)
+            n += len(says)
+        says += [(inspect.getdoc(cls) or '').split('\n')[0]]
+        lost += [(room, cls.__name__, o) for o in says if o.replace('`', '') not in page]
+    assert n>200 and not lost
+
+def test_properties_are_shown_as_properties():
+    "Nobody calls what a page does not show as a function"
+    found = [(room, cls.__name__, k) for room,cls in _public_classes() for k,o in vars(cls).items() if k[0]!='_' and isinstance(o, (property,functools.cached_property))]
+    text = {room:(docs/f'{room}.html.md').read_text(encoding='utf-8') for room in {o[0] for o in found}}
+    assert len(found)>40 and not [o for o in found if not re.search(rf'^ *property {o[2]}\b', text[o[0]], re.M)]
+    assert not [o for o in found if re.search(rf'^### {o[1]}\.{o[2]}\n\n```python\ndef ', text[o[0]], re.M)]
+
+def test_pages_have_no_traces_of_how_they_were_made():
+    "No module `__main__`, no text of `object`, no progress bars"
+    assert not [(p.name, o) for p in docs.rglob('*.html.md') for o in ('__main__','Return repr(self)','<factory>','\u2588\u2588','0.00% [') if o in p.read_text(encoding='utf-8')]
 
 # ---- in a browser
 
