@@ -10,6 +10,7 @@ from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from smalldocs.site import build
 from make_help import help_file,help_json
+from page_imports import show_imports
 from show_names import entry,shown_name
 
 _re_dir = re.compile(r'^#\|.*\n?', re.M)
@@ -152,6 +153,7 @@ def main(
     refresh_quarto_yml()
     cache = proc_nbs(force=True)
     names = page_names(cache)
+    show_imports(cache, cfg.nbs_path)
     tidy(cache, doc_url, names, cfg.git_url, cfg.branch)
     warns = [w for w in build(cache, quiet=True).warnings if not re.search('format-links|commonmark|keep-md', w)]
     for w in warns: print('warning:', w)
