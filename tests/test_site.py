@@ -71,7 +71,8 @@ def rooms():
 
 def _public_classes(rooms):
     "`(room, class)` for the public classes, all of which have a page"
-    return [(k, o) for k,room in rooms.items() if k!='all' for o in vars(room).values() if isinstance(o, type) and o.__module__==room.__name__ and o.__name__ in room.__all__]
+    def _own(o, room): return isinstance(o, type) and o.__module__==room.__name__ and o.__name__ in room.__all__
+    return [(k, o) for k,room in rooms.items() if k!='all' for o in vars(room).values() if _own(o, room)]
 
 @pytest.mark.parametrize('ext', ['html','html.md'])
 def test_fields_are_explained(ext, rooms):
@@ -91,7 +92,8 @@ def test_fields_are_explained(ext, rooms):
 
 def test_properties_are_shown_as_properties(rooms):
     "Nobody calls what a page does not show as a function"
-    found = [(room, cls.__name__, k) for room,cls in _public_classes(rooms) for k,o in vars(cls).items() if k[0]!='_' and isinstance(o, (property,functools.cached_property))]
+    kinds = property,functools.cached_property
+    found = [(room, cls.__name__, k) for room,cls in _public_classes(rooms) for k,o in vars(cls).items() if k[0]!='_' and isinstance(o, kinds)]
     text = {room:(docs/f'{room}.html.md').read_text(encoding='utf-8') for room in {o[0] for o in found}}
     assert len(found)>40 and not [o for o in found if not re.search(rf'^ *property {o[2]}\b', text[o[0]], re.M)]
     assert not [o for o in found if re.search(rf'^### {o[1]}\.{o[2]}\n\n```python\ndef ', text[o[0]], re.M)]
@@ -117,7 +119,8 @@ def test_imports_are_shown(rooms):
         nodes = [n for t in _python(text) for n in ast.walk(t)]
         has = {a.asname or a.name for n in nodes if isinstance(n, (ast.Import,ast.ImportFrom)) for a in n.names}
         has |= {o for n in nodes if isinstance(n, ast.ImportFrom) and n.names[0].name=='*' for o in own.get((n.module or '').rpartition('.')[2], ())}
-        has |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | {n.name for n in nodes if isinstance(n, (ast.FunctionDef,ast.ClassDef))} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+        has |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        has |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef,ast.ClassDef))} | {n.arg for n in nodes if isinstance(n, ast.arg)}
         used = {n.id for n in nodes if isinstance(n, ast.Name)} & ours
         lost += [(room, o) for o in (used | own.get(room, set()))-has if text.count('```python')]
     assert not lost
