@@ -137,7 +137,7 @@ def group_faults(
     lists:list, # A splitter's result
     params:dict, # Name -> parameter of the model
     trace:Callable, # Function that returns its `ModelTrace`, with clean names
-    wrapped:bool=False, # Is a known backbone inside a custom model, which may have new layers before it?
+    wrapped:bool=False, # Is it a custom model around a known backbone? Then new layers may stand before the backbone
 )->list: # One sentence per fault
     "Find the faults against rules 1 and 2"
     last,(where,strange),label = len(lists)-1,_locate(lists, params),_labels(lists)

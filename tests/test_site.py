@@ -1,5 +1,5 @@
 "The website, as `tools/build_docs.py` left it: no dead link or anchor, nothing from another host; in a browser no error, enough contrast in both modes, and a search that finds"
-import http.server,os,re,shutil,threading
+import ast,dataclasses,functools,html,http.server,importlib,inspect,json,os,re,shutil,threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -57,6 +57,73 @@ def test_the_sitemap_holds_whole_addresses():
 def test_classes_are_shown_as_classes():
     text = (docs/'phases.html.md').read_text(encoding='utf-8')
     assert 'class Phase(' in text and 'def Phase(' not in text
+
+def _read(room, ext):
+    "A page as text: no tags, no links, no backticks"
+    s = (docs/f'{room}.{ext}').read_text(encoding='utf-8')
+    if ext=='html': s = html.unescape(re.sub(r'<[^>]*>', '', s))
+    return re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', s.replace('`', '')).replace('\u2019', "'")
+
+@pytest.fixture(scope='module')
+def rooms():
+    "Name -> module, for all of the package; imported before a test begins, as an import may set environment variables"
+    return {p.stem:importlib.import_module(f'fastai_discriminative.{p.stem}') for p in sorted((docs.parent/'fastai_discriminative').glob('[!_]*.py'))}
+
+def _public_classes(rooms):
+    "`(room, class)` for the public classes, all of which have a page"
+    def _own(o, room): return isinstance(o, type) and o.__module__==room.__name__ and o.__name__ in room.__all__
+    return [(k, o) for k,room in rooms.items() if k!='all' for o in vars(room).values() if _own(o, room)]
+
+@pytest.mark.parametrize('ext', ['html','html.md'])
+def test_fields_are_explained(ext, rooms):
+    "Every public class has its text on its page, and a dataclass the comments of its fields, as `help` does"
+    known = json.loads((docs.parent/'fastai_discriminative'/'data'/'help.json').read_text(encoding='utf-8'))
+    lost,n = [],0
+    for room,cls in _public_classes(rooms):
+        page,says = _read(room, ext),[]
+        if dataclasses.is_dataclass(cls):
+            section = known[room][cls.__name__].partition('Parameters\n')[2]
+            says = [f'{k}:' for k in cls.__dataclass_fields__] + [f' # {o.strip()}' for o in re.findall(r'^    (.+)$', section, re.M)]
+            assert len(says)==2*len(cls.__dataclass_fields__)
+            n += len(says)
+        says += [o for o in [(inspect.getdoc(cls) or '').split('\n')[0]] if not o.startswith(f'{cls.__name__}(')] # that of a named tuple says nothing
+        lost += [(room, cls.__name__, o) for o in says if o.replace('`', '') not in page]
+    assert n>200 and not lost
+
+def test_properties_are_shown_as_properties(rooms):
+    "Nobody calls what a page does not show as a function"
+    kinds = property,functools.cached_property
+    found = [(room, cls.__name__, k) for room,cls in _public_classes(rooms) for k,o in vars(cls).items() if k[0]!='_' and isinstance(o, kinds)]
+    text = {room:(docs/f'{room}.html.md').read_text(encoding='utf-8') for room in {o[0] for o in found}}
+    assert len(found)>40 and not [o for o in found if not re.search(rf'^ *property {o[2]}\b', text[o[0]], re.M)]
+    assert not [o for o in found if re.search(rf'^### {o[1]}\.{o[2]}\n\n```python\ndef ', text[o[0]], re.M)]
+
+def test_pages_have_no_traces_of_how_they_were_made():
+    "No module `__main__`, no text of `object`, no progress bars"
+    assert not [(p.name, o) for p in docs.rglob('*.html.md') for o in ('__main__','Return repr(self)','<factory>','\u2588\u2588','0.00% [') if o in p.read_text(encoding='utf-8')]
+
+def _python(text):
+    "The examples of a page, parsed; what is no Python, such as a signature, is passed over"
+    for s in re.findall(r'^```python\n(.*?)^```$', text, re.M|re.S):
+        try: yield ast.parse(re.sub(r'^\s*[%!].*$', '', s, flags=re.M))
+        except SyntaxError: pass
+
+def test_imports_are_shown(rooms):
+    "A name of ours that `fastai_discriminative.all` does not have is imported on each page that uses it, and on its own"
+    given = {*vars(rooms['all'])}
+    own = {k:{*room.__all__}-given for k,room in rooms.items() if k!='all'}
+    ours,lost = set().union(*own.values()),[]
+    assert {'find_groups','splitter_checks'}<=ours
+    for p in docs.rglob('*.html.md'):
+        room,text = p.name.removesuffix('.html.md'),p.read_text(encoding='utf-8')
+        nodes = [n for t in _python(text) for n in ast.walk(t)]
+        has = {a.asname or a.name for n in nodes if isinstance(n, (ast.Import,ast.ImportFrom)) for a in n.names}
+        has |= {o for n in nodes if isinstance(n, ast.ImportFrom) and n.names[0].name=='*' for o in own.get((n.module or '').rpartition('.')[2], ())}
+        has |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        has |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef,ast.ClassDef))} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+        used = {n.id for n in nodes if isinstance(n, ast.Name)} & ours
+        lost += [(room, o) for o in (used | own.get(room, set()))-has if text.count('```python')]
+    assert not lost
 
 # ---- in a browser
 
