@@ -99,6 +99,8 @@ def _recorded(learn, key):
     return steps,ys.values[steps].T,hps.names
 
 # %% ../nbs/07d_rates.ipynb #b3a578b5
+def _short_lr(v): return f'{v:.1e}'.replace('.0e', 'e').replace('e-0', 'e-') # two digits
+
 @patch
 def plot_rates(self:Learner,
     what:object=None, # Planned fit: a strategy as in `fit_strategy`, or a rate as in `fit_one_cycle`, such as `'preset'`; `None` for the last fit
@@ -118,7 +120,7 @@ def plot_rates(self:Learner,
         names = groups.names
     peaks = [max((v for v in y if not np.isnan(v)), default=np.nan) for y in ys]
     if key!='lr': ax = group_lines(steps, ys, names, min(groups.n_body, len(names)), ax, figsize, yscale='linear')
-    else: ax = group_lines(steps, ys, names, min(groups.n_body, len(names)), ax, figsize, peaks, _range(ys, peaks), [f'{p:.0e}'.replace('e-0', 'e-') for p in peaks])
+    else: ax = group_lines(steps, ys, names, min(groups.n_body, len(names)), ax, figsize, peaks, _range(ys, peaks), list(map(_short_lr, peaks)))
     for b in bounds: ax.axvline(b, color='#777777', lw=1, ls=':')
     ax.set(xlabel=f'step ({len(self.dls.train)} an epoch)', ylabel='learning rate' if key=='lr' else key)
     return ax

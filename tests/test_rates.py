@@ -81,8 +81,8 @@ def test_other_hyper_parameters(dls):
 
 def test_names_and_peaks_stand_beside_the_lines(dls):
     learn = stock(dls).split(3)
-    ax = learn.plot_rates([1e-4,1e-3,1e-2], 4)
-    assert [o.get_text() for o in ax.texts]==[f'{pictures._short(n)} {p}' for n,p in zip(learn.layer_groups.names, ('1e-4','1e-3','1e-2'))]
+    ax = learn.plot_rates([1.4e-4,9.96e-4,1.26e-2], 4)
+    assert [o.get_text() for o in ax.texts]==[f'{pictures._short(n)} {p}' for n,p in zip(learn.layer_groups.names, ('1.4e-4','1e-3','1.3e-2'))]
     assert ax.get_xlabel()==f'step ({len(dls.train)} an epoch)' and ax.get_ylabel()=='learning rate' and ax.get_yscale()=='log'
     fig,mine = plt.subplots()
     assert learn.plot_rates(1e-3, 1, ax=mine) is mine and learn.plot_strategy('uniform', 1, ax=mine) is mine
