@@ -157,11 +157,11 @@ _patient = "import sys,time; from fastai.callback.core import Callback; from fas
     "class Slow(Callback):\n    def after_epoch(self): time.sleep(.5)\ndefaults.callbacks.append(Slow)\nsys.exit(main())"
 
 def _cut(args, cwd, after, *sigs):
-    "Start a command whose epochs last half a second, and send it `sigs` when `after` is printed; its status, stdout and stderr"
+    "Start a command whose epochs last half a second, and send it `sigs` when its output matches `after`; its status, stdout and stderr"
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     p = subprocess.Popen([sys.executable,'-c',_patient,*map(str, args)], cwd=cwd, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     seen = ''
-    while after not in seen:
+    while not re.search(after, seen, re.S):
         line = p.stdout.readline()
         assert line, p.stderr.read()
         seen += line
@@ -178,9 +178,9 @@ def _what_is_left(out):
 @pytest.mark.skipif(os.name=='nt', reason='no SIGINT to another process')
 @pytest.mark.parametrize('sigs,status', [((signal.SIGINT,signal.SIGINT), 130), ((signal.SIGTERM,), 143), ((signal.SIGKILL,), -9)])
 def test_a_run_goes_on(sigs, status, photos, tmp_path, whole, monkeypatch, capsys):
-    "In the second epoch of its second fold: the end is that of a run that was never cut, to the bit"
+    "In the second or third epoch of its second fold: the end is that of a run that was never cut, to the bit"
     args = ['finetune', photos, *_three]
-    got,said,err = _cut(args, tmp_path, 'Fold 2 of 2\nuniform, seed 7\nepoch 0', *sigs)
+    got,said,err = _cut(args, tmp_path, 'Fold 2 of 2.*epoch 1 ', *sigs)
     out = tmp_path/'discriminative-photos'
     assert got==status and 'Traceback' not in err and {'fit-fold2.pt','progress.json','learner-fold1.pkl'}<={o.name for o in out.iterdir()}
     line = f'fastai-discriminative finetune {photos} {" ".join(_three)} --resume --out discriminative-photos'

@@ -1,5 +1,5 @@
 "Build the website (`_docs`) and `README.md` without Quarto: nbdev processes the notebooks, smalldocs renders them"
-import os,re,shutil
+import os,re,shutil,zipfile
 from urllib.parse import urlparse
 from fastcore.utils import *
 from fastcore.nbio import mk_cell,read_nb,write_nb
@@ -124,6 +124,16 @@ def readme_md(
     md = _re_image.sub(f'![\\1]({nbs}/', md)
     return '<!-- Generated from nbs/index.ipynb by tools/build_docs.py -->\n\n' + _re_page.sub(_link, md)
 
+def kaggle_downloads(
+    src:Path, # Folder with a folder for each notebook and its `kernel-metadata.json`
+    dst:Path, # Folder of the site
+):
+    "Write each folder as a `.zip`, for readers without a clone"
+    dst.mkdir(parents=True, exist_ok=True)
+    for d in sorted(o.parent for o in src.glob('*/kernel-metadata.json')):
+        with zipfile.ZipFile(dst/f'{d.name}.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+            for f in sorted([*d.glob('*.ipynb'), d/'kernel-metadata.json']): z.write(f, f'{d.name}/{f.name}')
+
 def _offline(docs):
     "Make the site independent of other hosts: it uses the system's fonts, and lists anything else that would be fetched"
     for p in docs.rglob('*.css'): p.write_text(_re_font.sub('', p.read_text()))
@@ -151,6 +161,7 @@ def main(
     for p in docs.rglob('*.llms.md'): p.rename(p.with_name(p.name.replace('.llms.md', '.html.md')))
     for p in [*docs.rglob('*.html.md'), docs/'llms.txt']:
         if p.exists(): p.write_text(_clean_md(p.read_text()))
+    kaggle_downloads(cfg.nbs_path/'kaggle', docs/'kaggle')
     ours = cfg.nbs_path/'llms.txt'
     if ours.exists(): (docs/'llms.txt').write_text(with_pages(ours.read_text(), (docs/'llms.txt').read_text()))
     if not doc_url: (docs/'sitemap.xml').unlink(missing_ok=True) # it may only hold whole addresses
