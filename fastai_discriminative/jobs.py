@@ -147,6 +147,7 @@ def _finished(job, name):
     print(f"\n{r.how}, seed {r.seed}: finished before, accuracy {r.score:.4f}")
     return [r]
 
+# %% ../nbs/14b_jobs.ipynb #d9817ff7
 def _note(job, name, learn, r, stopped):
     "Keep the run `r` as finished, unless it was cut"
     if not stopped: job.progress.add(name, how=r.how, seed=r.seed, rows=r.rows, evidence=str(getattr(learn, 'auto_evidence', '')))
@@ -190,6 +191,7 @@ def _phases_told(look):
         return f"{p['epochs']} epoch{'s' if p['epochs']>1 else ''} of {who}{' on cached features' if p['on']=='cached features' else ''}"
     return ', then '.join(map(_one, look.phases))
 
+# %% ../nbs/14b_jobs.ipynb #5b72de7e
 def _describe(job):
     "Print what will be trained, with its group table; returns the `Preflight`, and the number of images to validate on"
     learn = job.ours()
@@ -237,6 +239,7 @@ def _of_earlier(path, fold):
     learn.dls.loaders[1] = learn.dls.test_dl([f for f,v in zip(fold.files, fold.is_valid) if v], with_labels=True)
     return learn
 
+# %% ../nbs/14b_jobs.ipynb #2362217a
 def _fold_learners(job, folds, out, runs):
     "Train a learner on each of `folds`, save it, and yield it; or load it if it is finished"
     names = [f'fold{i+1}' for i in range(len(folds))]
@@ -265,6 +268,7 @@ def _oof_table(p):
     probs = {f'probability {c}':p.preds[:,i] for i,c in enumerate(p.classes)}
     return pd.DataFrame({p.images.column:p.images.ids, 'truth':p.targets, 'label':p.labels, **probs})
 
+# %% ../nbs/14b_jobs.ipynb #a6bd7f4a
 def _train_folds(job, out, rec, start):
     "Train one learner for each fold, and save their predictions for the images that they did not train on"
     folds,runs = image_folds(job.images, job.a.folds, job.a.seed),[]

@@ -144,6 +144,7 @@ def _check_sample(images, learn, like, positive):
     n = getattr(learn.dls, 'c', 1) if own is None else len(own)
     Predictions(images, np.zeros((len(images), n)), own, [own[0] if own else 0.]*len(images)).table(like, positive)
 
+# %% ../nbs/14a_predict.ipynb #f2e6479d
 def predict_images(
     learners:Learner|str|Path|list, # A `Learner`, a file that `learn.export` wrote, a folder of such files (`learner*.pkl`), or a list of these
     images:str|Path|list, # As for `find_images`
@@ -193,6 +194,7 @@ def _sample_rows(p, like):
     if gone: raise DataError(f"The sample has {len(gone)} row{'s' if len(gone)>1 else ''} without a prediction, such as {list_some(gone, 3)} in column {key!r}.{near_matches(gone[0], where)}")
     return key,[where[o] for o in like[key]]
 
+# %% ../nbs/14a_predict.ipynb #af179d72
 def _columns(p, like, key, positive):
     "The columns of the table `like`, except its names, filled with predictions: heading -> values"
     cols,classes = [c for c in like if c!=key],p.classes or []

@@ -73,6 +73,7 @@ def writing_results(
     try: yield
     except (OSError,RuntimeError) as e: raise DataError(f"Cannot write the results to {str(out)!r} ({e}). Is the disk full? Name another {other}.") from e
 
+# %% ../nbs/14a_run_folder.ipynb #b26a2d4b
 def run_record(
     a, # Arguments of the command
     start:float, # Time at which it began, from `time.perf_counter`

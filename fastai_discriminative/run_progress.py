@@ -28,6 +28,7 @@ def refuse_other_run(
     odd = next((k for k,v in now.items() if k in was and was[k]!=v), None)
     if odd is not None: raise DataError(f"{what} was started with {odd}={was[odd]!r}, but now it is {now[odd]!r}. Name another folder with --out.")
 
+# %% ../nbs/14a_run_progress.ipynb #f3131c0d
 def told_images(
     images:FolderImages, # Images with labels
 )->str: # Their number, and a checksum
@@ -64,6 +65,11 @@ class RunProgress:
             self.remove()
             self._write()
         else: self.fits,self.found = was['fits'],True
+
+    @property
+    def how_to_continue(self)->str: # A sentence
+        "The command that continues"
+        return f"To continue: {resume_command(self.line, self.out)}"
 
     def _read(self):
         if not self.path.exists(): return
@@ -108,14 +114,9 @@ def remove(self:RunProgress):
 
 # %% ../nbs/14a_run_progress.ipynb #b11d9b80
 @patch(as_prop=True)
-def is_worth(self:RunProgress)->bool:
+def is_worth(self:RunProgress)->bool: # `False` if nothing would be lost
     "Is there a finished fit or a complete epoch, or was the run continued?"
     return bool(self.fits or self.found or self.clock and self.clock.rows)
-
-@patch(as_prop=True)
-def how_to_continue(self:RunProgress)->str:
-    "The sentence with the command that continues"
-    return f"To continue: {resume_command(self.line, self.out)}"
 
 @patch
 def __repr__(self:RunProgress):
