@@ -159,7 +159,8 @@ _patient = "import sys,time; from fastai.callback.core import Callback; from fas
 def _cut(args, cwd, after, *sigs):
     "Start a command whose epochs last half a second, and send it `sigs` when its output matches `after`; its status, stdout and stderr"
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    p = subprocess.Popen([sys.executable,'-c',_patient,*map(str, args)], cwd=cwd, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    cmd = [sys.executable,'-c',_patient,*map(str, args)]
+    p = subprocess.Popen(cmd, cwd=cwd, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     seen = ''
     while not re.search(after, seen, re.S):
         line = p.stdout.readline()
@@ -306,7 +307,8 @@ def test_folds(photos, tmp_path, capsys):
     assert main(['finetune',str(photos),*_quick,'--folds','3','--out',str(out)])==0
     assert 'Out-of-fold accuracy' in capsys.readouterr().out
     oof = pd.read_csv(out/'oof.csv')
-    assert len(oof)==48 and (oof.truth==oof.file.map(lambda o: Path(o).parent.name)).all() and {*oof.file}=={f'{c}/{f.name}' for c in ('flags','food') for f in (photos/c).glob('*.webp')} and len(list(out.glob('learner-fold?.pkl')))==3
+    names = {f'{c}/{f.name}' for c in ('flags','food') for f in (photos/c).glob('*.webp')}
+    assert len(oof)==48 and (oof.truth==oof.file.map(lambda o: Path(o).parent.name)).all() and {*oof.file}==names and len(list(out.glob('learner-fold?.pkl')))==3
     assert (oof.label==oof[['probability flags','probability food']].idxmax(1).str.removeprefix('probability ')).all()
     assert main(['finetune',str(photos),*_quick,'--folds','2','--out',str(out),'--overwrite'])==0 and len(list(out.glob('learner-fold?.pkl')))==2
     assert main(['predict',str(out),str(photos/'food'),'--csv',str(tmp_path/'x.csv')])==0

@@ -45,7 +45,7 @@ def test_the_kaggle_notebooks_can_be_downloaded(name, pages):
     "The notebook as it is in the repository, beside settings that name it"
     assert f'kaggle/{name}.zip' in pages[docs/'kaggle.html'].links
     with zipfile.ZipFile(docs/'kaggle'/f'{name}.zip') as z:
-        assert sorted(z.namelist())==[f'{name}/kernel-metadata.json',f'{name}/{name}.ipynb']
+        assert {*z.namelist()}=={f'{name}/kernel-metadata.json',f'{name}/{name}.ipynb'}
         assert json.loads(z.read(f'{name}/kernel-metadata.json'))['code_file']==f'{name}.ipynb'
         assert z.read(f'{name}/{name}.ipynb')==(docs.parent/'nbs'/'kaggle'/name/f'{name}.ipynb').read_bytes()
 

@@ -153,6 +153,7 @@ def main(
     cache = proc_nbs(force=True)
     names = page_names(cache)
     tidy(cache, doc_url, names, cfg.git_url, cfg.branch)
+    kaggle_downloads(cfg.nbs_path/'kaggle', cache/'kaggle') # the builder looks for what pages link to
     warns = [w for w in build(cache, quiet=True).warnings if not re.search('format-links|commonmark|keep-md', w)]
     for w in warns: print('warning:', w)
     docs = cfg.doc_path
@@ -161,7 +162,6 @@ def main(
     for p in docs.rglob('*.llms.md'): p.rename(p.with_name(p.name.replace('.llms.md', '.html.md')))
     for p in [*docs.rglob('*.html.md'), docs/'llms.txt']:
         if p.exists(): p.write_text(_clean_md(p.read_text()))
-    kaggle_downloads(cfg.nbs_path/'kaggle', docs/'kaggle')
     ours = cfg.nbs_path/'llms.txt'
     if ours.exists(): (docs/'llms.txt').write_text(with_pages(ours.read_text(), (docs/'llms.txt').read_text()))
     if not doc_url: (docs/'sitemap.xml').unlink(missing_ok=True) # it may only hold whole addresses
