@@ -52,6 +52,7 @@ Modules:
 - `fastai_discriminative.report`: Measure what a fine-tune did to the pretrained layers: how far their weights moved, and how much their outputs changed
 - `fastai_discriminative.resume`: Continue a fit that was interrupted or killed, bit for bit as if it had never stopped
 - `fastai_discriminative.rules`: Check any splitter against four rules, and name every parameter that breaks one
+- `fastai_discriminative.run_progress`: What a run of a command has finished, kept in its folder, so that `--resume` continues an interrupted or killed run
 - `fastai_discriminative.same_fit`: Describe a fit in plain numbers and text, so that another process can tell whether it runs the same one
 - `fastai_discriminative.strategies`: Twelve common ways to fine-tune by name, each with its source and when to use it
 - `fastai_discriminative.trace`: The order in which a model really uses its parameters

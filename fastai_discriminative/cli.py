@@ -9,7 +9,7 @@ print a table and download nothing. `completion` prints a script for your shell.
 __all__ = ['main']
 
 # %% ../nbs/15_cli.ipynb #dff91bca
-import argparse,os,sys,warnings
+import argparse,os,signal,sys,threading,time,warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def _add_common(p, n_threads, seed):
 
 def _add_training(p, size, n_threads, out, n_train, saved='learner.pkl, accuracy.png, report.html, history.csv and run.json'):
     "Arguments of the commands that train"
-    p.add_argument('--epochs', type=_count, default=4, help='epochs after those in which only the head trains (default: %(default)s)')
+    p.add_argument('--epochs', type=_count, default=4, help="epochs of the whole network; most strategies train the head first, and auto and lp_ft do so for 10 more epochs on cached features (default: %(default)s)")
     p.add_argument('--size', type=_size, default=size, help=f"height and width of the images in pixels (default: {size or 'the size that the architecture was trained with, at most 224'})")
     p.add_argument('--bs', type=_batch, default=32, help='batch size (default: %(default)s)')
     p.add_argument('--n-groups', type=_n_groups, metavar='N|block', help="number of layer groups, including the head, or 'block' for one group per layer (default: the family's number)")
@@ -112,6 +112,7 @@ def _add_strategy(p):
     p.add_argument('--strategy', metavar='NAME', help="strategy, such as lp_ft or discriminative (default: auto, or lp_ft if --lr-low or --lr-high is given for pretrained weights)")
     p.add_argument('--seeds', type=_count, default=1, help='number of runs, each with its own seed (default: %(default)s)')
     p.add_argument('--time-limit', type=_minutes, metavar='MIN', help='stop after this many minutes, and save the results up to then')
+    p.add_argument('--resume', action='store_true', help='continue the interrupted or killed run in the folder --out (default: in the last folder of that name); all else must be the same, and a time limit counts anew')
 
 def _add_folder(p):
     "Arguments for your own images and weights"
@@ -184,7 +185,7 @@ _examples = """examples:
 
 exit status:
   0 success; 1 an error of the system or of a library, such as a full disk; 2 wrong arguments, images, weights or names;
-  130 stopped by Ctrl-C; 141 the program that reads the output has ended"""
+  130 stopped by Ctrl-C; 143 stopped by SIGTERM; 141 the program that reads the output has ended"""
 
 _completion_files = """Write the script to a file that your shell reads, and write it again after an update of timm:
   bash  ~/.local/share/bash-completion/completions/fastai-discriminative
@@ -268,27 +269,48 @@ def _let_go():
         try: o.flush()
         except (OSError,ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), o.fileno())
 
+# %% ../nbs/15_cli.ipynb #daea8ea0
+class _Ended:
+    "Within this context, SIGINT and SIGTERM raise `KeyboardInterrupt`, and `signal` is the number of the last"
+    def __init__(self): self.signal,self.at,self.old = signal.SIGINT,-1.,{}
+
+    def _hear(self, num, frame):
+        if time.monotonic()-self.at<1: return
+        self.signal,self.at = num,time.monotonic()
+        raise KeyboardInterrupt(*['SIGTERM']*(num==signal.SIGTERM))
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread(): return # only there can signals be heard
+        for o,usual in ((signal.SIGINT,signal.default_int_handler), (signal.SIGTERM,signal.SIG_DFL)):
+            if signal.getsignal(o) is usual: self.old[o] = signal.signal(o, self._hear) # else they are ignored, or another program's
+
+    def __exit__(self, *args):
+        for o,f in self.old.items(): signal.signal(o, f)
+
 # %% ../nbs/15_cli.ipynb #c53b151a
 def _run_command(argv):
     "Run the command `argv`, and write all output"
     try:
         a = _parser().parse_args(argv)
+        a.line = argv
         with _notes(hasattr(a, 'debug')): a.f(a)
     finally: sys.stdout.flush()
 
 def main(
     argv:list|None=None, # Arguments; those of the command line if `None`
-)->int: # Exit status: 0 success, 1 error of the system or a library, 2 wrong input, 130 after Ctrl-C, 141 if the reader of the output has ended
+)->int: # Exit status: 0 success, 1 error of the system or a library, 2 wrong input, 130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of the output has ended
     "The command `fastai-discriminative`"
     os.environ.setdefault('MPLBACKEND', 'Agg')
     _open_streams()
-    try: _run_command(argv)
+    argv,ended = sys.argv[1:] if argv is None else argv,_Ended()
+    try:
+        with ended: _run_command(argv)
     except BrokenPipeError: return 141
     except KeyboardInterrupt as e:
-        _say(f"\n{str(e) or 'Interrupted.'}")
-        return 130
+        _say(f"\n{'Interrupted.' if str(e) in ('','SIGTERM') else e}")
+        return 128+ended.signal
     except Exception as e:
-        if '--debug' in (sys.argv[1:] if argv is None else argv): raise
+        if '--debug' in argv: raise
         return _report(e)
     finally: _let_go()
     return 0

@@ -175,6 +175,10 @@ class TimedRun:
     def train_s(self)->float: # Seconds
         "Time of the training part of all epochs"
         return self.rows[-1]['train_s']
+    @property
+    def epochs(self)->list: # As `rows`
+        "The rows without a last one for weights that were restored or cut, in which nothing was trained"
+        return [o for i,o in enumerate(self.rows) if not i or o['train_s']!=self.rows[i-1]['train_s']]
 
 def timed_run(
     how:str, # Name of the way to train
@@ -197,10 +201,10 @@ def runs_table(
     runs:list, # List of `TimedRun`, in the order to show them
 )->str: # Plain text: way to train, seed, score in % and training seconds
     "Show the last epoch of each of `runs`, and the means over seeds"
-    rows = [(o.how, str(o.seed), len(o.rows), o.score, o.train_s) for o in runs]
+    rows = [(o.how, str(o.seed), len(o.epochs), o.score, o.train_s) for o in runs]
     for h in _hows(runs):
         rs = [o for o in runs if o.how==h]
-        if len(rs)>1: rows.append((h, 'mean', len(rs[0].rows), _mean([o.score for o in rs]), _mean([o.train_s for o in rs])))
+        if len(rs)>1: rows.append((h, 'mean', len(rs[0].epochs), _mean([o.score for o in rs]), _mean([o.train_s for o in rs])))
     w = max(len(o[0]) for o in rows)
     head = f"{'':{w}}  {'seed':>5}  {'epochs':>6}  {runs[0].metric:>9}  {'training':>9}"
     return '\n'.join([head]+[f'{h:{w}}  {s:>5}  {n:>6}  {100*a:>8.1f}%  {t:>7.1f} s' for h,s,n,a,t in rows])

@@ -32,10 +32,17 @@ class FolderImages:
     unreadable:list=field(default_factory=list) # Files that look like images but cannot be opened
     groups:list|None=None # Group of each image, such as its patient; a group is never divided between training and validation
     source:str='' # Column and table that the labels come from; empty if they come from the folders
+    column:str='file' # Heading of the column of the table that names the images
+    names:dict=field(default_factory=dict) # File -> its name in that column; empty if there is no table
     @property
     def classes(self)->list: # Sorted names
         "The classes of the images"
         return sorted(set(self.labels))
+    def name_of(self,
+        file:Path # One of the files
+    )->str: # As in the table, or the path below the folder
+        "The name of an image, by which tables can be joined"
+        return self.names.get(file) or (file.relative_to(self.path).as_posix() if file.is_relative_to(self.path) else str(file))
     def __repr__(self):
         split = '' if self.is_valid is None else f' ({sum(self.is_valid)} to validate)'
         more = (f', {len(set(self.groups))} groups' if self.groups else '') + (f'; labels: {self.source}' if self.source else '')
@@ -50,7 +57,7 @@ def holds_results(
     path:Path, # A folder
 )->bool: # `True` for what `finetune` and `compare` leave behind
     "Does `path` hold the results of a run, whose plots are no images of a class?"
-    return any(path.glob('run.json')) or any(path.glob('learner*.pkl'))
+    return any(any(path.glob(o)) for o in ('run.json','progress.json','learner*.pkl'))
 
 def _subdirs(path): return sorted(o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.') and not holds_results(o))
 
@@ -135,7 +142,7 @@ def _table_of(path, cols):
 
 # %% ../nbs/13b_image_folder.ipynb #776242df
 def _table_rows(path, label_col, id_col, group_col):
-    "(rows of file, label, `None`, group; source of the labels) for the table at `path`"
+    "(rows of file, label, `None`, group; source of the labels; column of names; file -> name) for the table at `path`"
     df,root,(test,sample,cells) = read_table(path),path.parent,_asked(path.parent)
     place = place_of(root, ('train','train_images','images'))
     files = [f for f in images_under(place) if place!=root or f.relative_to(root).parts[0].lower() not in ('test','test_images')]
@@ -151,7 +158,7 @@ def _table_rows(path, label_col, id_col, group_col):
     own = [names[o] for o in df[col]]
     rest = sorted({*files}-{*own}-{names.get(o) for o in cells})
     if rest: warnings.warn(f"Left out images without a row in {path.name}: {list_some(rest)}", DataWarning, stacklevel=3)
-    return [(*o, None, g) for *o,g in zip(own, labels, df[group_col] if group_col else own)],f'{label_col!r} of {path.name}'
+    return [(*o, None, g) for *o,g in zip(own, labels, df[group_col] if group_col else own)],f'{label_col!r} of {path.name}',col,dict(zip(own, df[col]))
 
 # %% ../nbs/13b_image_folder.ipynb #e4c9a187
 def folder_images(
@@ -167,13 +174,13 @@ def folder_images(
     path,cols = path.absolute(),(label_col,id_col,group_col)
     try:
         table = _table_of(path, cols)
-        rows,source = _table_rows(table, *cols) if table else ([(f,c,v,None) for d,v in split_dirs(path) for f,c in _class_files(d)],'')
+        rows,*told = _table_rows(table, *cols) if table else ([(f,c,v,None) for d,v in split_dirs(path) for f,c in _class_files(d)],)
     except OSError as e: raise DataError(f"{e.filename!r} cannot be read: {e.strerror}.") from e
     ok = readable_images([o[0] for o in rows]) if verify else [True]*len(rows)
     good,bad = [o for o,k in zip(rows, ok) if k],[o[0] for o,k in zip(rows, ok) if not k]
     files,labels,is_valid,groups = map(list, zip(*good)) if good else ([],[],[],[])
     if None in is_valid: is_valid = None
-    res = FolderImages(path.parent if path.is_file() else path, files, labels, is_valid or None, bad, groups if group_col else None, source)
+    res = FolderImages(path.parent if path.is_file() else path, files, labels, is_valid or None, bad, groups if group_col else None, *told)
     _warn_unreadable(bad)
     _check_images(res)
     return res

@@ -138,13 +138,22 @@ def _labels(loss_func, preds, classes):
     return [' '.join(c for c,on in zip(classes, row) if on) for row in dec.bool().tolist()]
 
 # %% ../nbs/14a_predict.ipynb #d610264b
+def _check_sample(images, learn, like, positive):
+    "Raise `DataError` if predictions of `learn` for `images` will not fit the sample `like`"
+    own = _classes(learn)
+    n = getattr(learn.dls, 'c', 1) if own is None else len(own)
+    Predictions(images, np.zeros((len(images), n)), own, [own[0] if own else 0.]*len(images)).table(like, positive)
+
+# %% ../nbs/14a_predict.ipynb #f2e6479d
 def predict_images(
     learners:Learner|str|Path|list, # A `Learner`, a file that `learn.export` wrote, a folder of such files (`learner*.pkl`), or a list of these
     images:str|Path|list, # As for `find_images`
     tta:int=0, # Number of augmented copies of each image to predict as well, as in fastai's `tta`; 0 for none
     bs:int=64, # Batch size
     num_workers:int=0, # Number of processes that load images
-    seed:int=42 # Random seed of the augmentations
+    seed:int=42, # Random seed of the augmentations
+    like:str|Path|pd.DataFrame|None=None, # Sample submission that the predictions must fit, checked before the first image is predicted; as for `table`
+    positive:str|None=None # As for `table`
 )->Predictions: # One for each image
     "Predict `images` with `learners`, and average their predictions; raises `DataError` if images, files or learners do not fit together"
     images,files,total,first = find_images(images),_learner_files(learners),0,None
@@ -154,6 +163,7 @@ def predict_images(
     if not good: raise DataError("None of the images can be opened.")
     for o in files:
         learn = _learner(o)
+        if first is None and not (like is None and positive is None): _check_sample(images, learn, like, positive)
         preds,own = _preds(learn, learn.dls.test_dl(good, bs=bs, num_workers=num_workers), tta, seed),_classes(learn)
         if preds.ndim>2 or (own is not None and preds.shape[-1]!=len(own)): raise DataError(f"{o} predicts values of shape {tuple(preds.shape[1:])} for each image, which are neither classes nor numbers.")
         first = first or (learn.loss_func,own)
@@ -161,6 +171,15 @@ def predict_images(
     preds = total.mean(0, keepdim=True).repeat(len(ok), *[1]*(total.ndim-1))
     preds[torch.tensor(ok)] = total
     return Predictions(images, preds.numpy(), first[1], _labels(first[0], preds, first[1]))
+
+# %% ../nbs/14a_predict.ipynb #25ff64a2
+def _class_of(cols, classes):
+    "Heading -> class, if the headings `cols` are the names of all `classes`, with one text before each and one after each; else `None`"
+    one = max(classes, key=len, default='')
+    for c in (o for o in cols if one and one in o):
+        for i in (m.start() for m in re.finditer(f'(?={re.escape(one)})', c)):
+            found = {c[:i]+k+c[i+len(one):]:k for k in classes}
+            if len(cols)==len(classes) and found.keys()=={*cols}: return found
 
 # %% ../nbs/14a_predict.ipynb #ec17996c
 def _sample_rows(p, like):
@@ -175,15 +194,19 @@ def _sample_rows(p, like):
     if gone: raise DataError(f"The sample has {len(gone)} row{'s' if len(gone)>1 else ''} without a prediction, such as {list_some(gone, 3)} in column {key!r}.{near_matches(gone[0], where)}")
     return key,[where[o] for o in like[key]]
 
+# %% ../nbs/14a_predict.ipynb #af179d72
 def _columns(p, like, key, positive):
     "The columns of the table `like`, except its names, filled with predictions: heading -> values"
     cols,classes = [c for c in like if c!=key],p.classes or []
     if positive is not None and positive not in classes: raise DataError(f"There is no class {positive!r}.{near_matches(positive, classes)} There are: {list_some(classes, 12)}.")
     if cols and set(cols)<=set(classes): return {c:p.preds[:,classes.index(c)] for c in cols}
+    if named := _class_of(cols, classes): return {c:p.preds[:,classes.index(k)] for c,k in named.items()}
     if p.classes is None and len(cols)==(p.preds[0].size): return dict(zip(cols, p.preds.reshape(len(p.labels), -1).T))
     if len(cols)!=1:
         odd = [c for c in cols if c not in classes]
-        raise DataError(f"The sample's columns {list_some(odd)} are not class names, and not a single column of labels.{near_matches(odd[0], classes) if odd else ''} The classes are {list_some(classes, 12)}.")
+        raise DataError(f"The sample's columns {list_some(odd)} are not class names, and not a single column of labels.{near_matches(odd[0], classes) if odd else ''} The classes are {list_some(classes, 12)}. "
+            "Use headings that are class names, or all of them with the same text before or after, as in 'prob_CLASS'. Name such a sample with `like` (--like), or in Python, "
+            "take the probabilities from `p = predict_images(...)`: `p.preds` has a column for each of `p.classes`.")
     if positive is not None: return {cols[0]:p.preds[:,classes.index(positive)]}
     if not pd.to_numeric(like[cols[0]], errors='coerce').isna().any() and not set(like[cols[0]])<=set(classes):
         raise DataError(f"The sample has numbers in its column {cols[0]!r}, but the classes are {list_some(classes, 12)}. Choose the class whose probability to write: `positive={classes[-1]!r}` (--positive {classes[-1]}).")
@@ -234,7 +257,8 @@ def image_folds(
 def fold_predictions(
     learners:Iterable, # One learner for each fold, with its validation images; a generator may train them one after the other
     tta:int=0, # As for `predict_images`
-    seed:int=42 # Random seed of the augmentations
+    seed:int=42, # Random seed of the augmentations
+    images:FolderImages|None=None # The images of all folds, which give the predictions their names; `None` for the paths of the files
 )->Predictions: # Predictions for the validation images of all learners
     "Predict the validation images of each learner with that learner, and collect these predictions"
     files,targets,preds,first = [],[],[],None
@@ -246,7 +270,8 @@ def fold_predictions(
         preds.append(_same_classes(first[1], own, _preds(o, o.dls.test_dl(items), tta, seed)))
     if not preds: raise DataError("There are no learners to predict with.")
     preds = torch.cat(preds)
-    return Predictions(UnseenImages(files, list(map(str, files))), preds.numpy(), first[1], _labels(first[0], preds, first[1]), targets)
+    named = UnseenImages(files, list(map(str if images is None else images.name_of, files)), 'file' if images is None else images.column)
+    return Predictions(named, preds.numpy(), first[1], _labels(first[0], preds, first[1]), targets)
 
 # %% ../nbs/14a_predict.ipynb #fe38a75c
 explain_rooms(__name__)

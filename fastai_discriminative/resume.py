@@ -22,6 +22,7 @@ from .files import *
 from .backbone import *
 from .groups import *
 from .ranks import *
+from .time_limit import *
 from .probe import *
 from .same_fit import *
 
@@ -161,7 +162,9 @@ def _put_each(o, saved, unpack):
         else: old.load_state_dict(unpack(s['state']))
 
 # %% ../nbs/05f_resume.ipynb #f9693130
-def _cb_state(cb, start, pack): return dict(own=pack(cb.state_dict())) if _keeps_state(type(cb)) else dict(attrs=_each(_attributes(cb, start), pack))
+def _cb_state(cb, start, pack):
+    if isinstance(cb, TimeLimit): return dict(attrs={}) # the limit is that of the call
+    return dict(own=pack(cb.state_dict())) if _keeps_state(type(cb)) else dict(attrs=_each(_attributes(cb, start), pack))
 
 def _put_cb(cb, s, unpack):
     if 'own' in s: cb.load_state_dict(unpack(s['own']))
@@ -292,10 +295,11 @@ def write(self:FitFile,
     learn, # The `Learner` of the fit
     epoch:int, # The next epoch
     complete:bool=False, # Is the fit over?
+    now:bool=False, # Write even if the last write was a moment ago?
 ):
     "Write the current state to the file"
     start = time.time()
-    if of_rank_0(float(0<epoch<learn.n_epoch and start-self._at<_write_share*self._cost)): return
+    if not now and of_rank_0(float(0<epoch<learn.n_epoch and start-self._at<_write_share*self._cost)): return
     try: state = dict(fit_file=_version, told=self.told, epoch=epoch, complete=complete, learn=_learner_state(learn, self.start))
     except _Unkept as e: raise ResumeError(f"The `state_dict` of the optimiser or of a callback contains a {e}, which cannot be saved. The file can contain numbers, text, tensors, and lists and dicts of these.") from e
     state['cbs_with_state'] = [k for k,s in state['learn']['cbs'].items() if s.get('own') or s.get('attrs')]
@@ -326,7 +330,10 @@ def _epochs(learn, file):
         for i,row in enumerate(learn.recorder.values): learn.logger([i, *row, ''])
     for epoch in range(start, learn.n_epoch):
         learn.epoch = epoch
-        learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+        try: learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+        except CancelFitException:
+            if len(learn.recorder.values)>epoch: file.write(learn, epoch+1, now=True) # the fit ends after a whole epoch
+            raise
         file.write(learn, epoch+1)
 
 # %% ../nbs/05f_resume.ipynb #2715718b
@@ -351,4 +358,5 @@ def run_fit(
     learn._do_fit = partial(_epochs, learn, file)
     try: fit()
     finally: vars(learn).pop('_do_fit', None)
+    if any(isinstance(cb, TimeLimit) and cb.is_over for cb in [*learn.cbs, *cbs]): return # the next call continues, with its own limit
     file.write(learn, learn.n_epoch, True)

@@ -141,12 +141,135 @@ def test_interrupt_after_an_epoch_keeps_what_was_best(photos, tmp_path):
     p = subprocess.Popen([*_cmd, *args], cwd=tmp_path, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while 'epoch 2 ' not in (line := p.stdout.readline()): assert line, p.stderr.read()
     p.send_signal(signal.SIGINT)
-    _,err = p.communicate(timeout=60)
+    out_,err = p.communicate(timeout=60)
     out = tmp_path/'discriminative-photos'
     assert p.returncode==130 and 'The results up to then are in' in err and 'Traceback' not in err
-    assert sorted(o.name for o in out.iterdir())==['history.csv','learner-fold1.pkl','oof.csv','run.json']
-    run = json.loads((out/'run.json').read_text())
+    assert sorted(o.name for o in out.iterdir())==['fit-fold1.pt','history.csv','learner-fold1.pkl','oof.csv','progress.json','run.json']
+    run,history = json.loads((out/'run.json').read_text()),pd.read_csv(out/'history.csv')
+    assert list(history.epoch)==list(range(1, len(history)+1)) and history.train_s.is_monotonic_increasing and history.train_s.is_unique
+    assert 'Saved 1 learner, oof.csv' in out_ and f'{len(history)}  ' in re.search(r'uniform, fold 1 +42 +(.*)', out_)[1]
     assert run['stopped']=='by Ctrl-C' and run['results'][0]['accuracy']==pytest.approx(run['out_of_fold'])
+
+# ---- to go on with a run
+
+_three = ['--arch','test_resnet','--from-scratch','--strategy','uniform','--size','32','--epochs','3','--threads','1','--folds','2','--seed','7']
+_patient = "import sys,time; from fastai.callback.core import Callback; from fastai.learner import defaults; from fastai_discriminative.cli import main\n" \
+    "class Slow(Callback):\n    def after_epoch(self): time.sleep(.5)\ndefaults.callbacks.append(Slow)\nsys.exit(main())"
+
+def _cut(args, cwd, after, *sigs):
+    "Start a command whose epochs last half a second, and send it `sigs` when its output matches `after`; its status, stdout and stderr"
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    cmd = [sys.executable,'-c',_patient,*map(str, args)]
+    p = subprocess.Popen(cmd, cwd=cwd, env=_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    seen = ''
+    while not re.search(after, seen, re.S):
+        line = p.stdout.readline()
+        assert line, p.stderr.read()
+        seen += line
+    for o in sigs: p.send_signal(o)
+    more,err = p.communicate(timeout=60)
+    return p.returncode,seen+more,err
+
+def _what_is_left(out):
+    "The results without times and names of files"
+    runs = [(r['how'],r['seed'],r['accuracy']) for r in json.loads((out/'run.json').read_text())['results']]
+    states = [{k:v.tolist() for k,v in load_learner(f).model.state_dict().items()} for f in sorted(out.glob('learner*.pkl'))]
+    return runs,pd.read_csv(out/'history.csv').drop(columns='train_s').values.tolist(),states,(out/'oof.csv').read_bytes()
+
+@pytest.mark.skipif(os.name=='nt', reason='no SIGINT to another process')
+@pytest.mark.parametrize('sigs,status', [((signal.SIGINT,signal.SIGINT), 130), ((signal.SIGTERM,), 143), ((signal.SIGKILL,), -9)])
+def test_a_run_goes_on(sigs, status, photos, tmp_path, whole, monkeypatch, capsys):
+    "In the second or third epoch of its second fold: the end is that of a run that was never cut, to the bit"
+    args = ['finetune', photos, *_three]
+    got,said,err = _cut(args, tmp_path, 'Fold 2 of 2.*epoch 1 ', *sigs)
+    out = tmp_path/'discriminative-photos'
+    assert got==status and 'Traceback' not in err and {'fit-fold2.pt','progress.json','learner-fold1.pkl'}<={o.name for o in out.iterdir()}
+    line = f'fastai-discriminative finetune {photos} {" ".join(_three)} --resume --out discriminative-photos'
+    if status>0:
+        assert line in err, err
+        assert f"Stopped by {'SIGTERM' if status==143 else 'Ctrl-C'}" in err and 'Saved 2 learners' in said
+        assert json.loads((out/'run.json').read_text())['results'][1]['how']=='uniform, fold 2'
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()[1:])==0 and 'Fold 1 of 2\nuniform, fold 1, seed 7: finished before' in capsys.readouterr().out
+    assert sorted(o.name for o in out.iterdir())==['history.csv','learner-fold1.pkl','learner-fold2.pkl','oof.csv','run.json']
+    assert _what_is_left(out)==_what_is_left(whole)
+
+@pytest.fixture(scope='module')
+def whole(photos, tmp_path_factory):
+    "The folder of a run that was never cut"
+    out = tmp_path_factory.mktemp('whole')/'out'
+    assert main(['finetune',str(photos),*_three,'--quiet','--out',str(out)])==0
+    return out
+
+def _stopping(monkeypatch, at):
+    "Interrupt the fits of this process in epoch `at` of the last one, counted over all of them"
+    from fastai_discriminative.compare import TrainClock
+    n,old = [0],TrainClock.before_epoch
+    def _f(self):
+        n[0] += 1
+        if n[0]==at: raise KeyboardInterrupt
+        return old(self)
+    monkeypatch.setattr(TrainClock, 'before_epoch', _f)
+
+def test_other_runs_do_not_go_on(photos, whole, tmp_path, capsys, monkeypatch):
+    out = tmp_path/'out'
+    args = ['finetune',str(photos),*_three,'--quiet','--out',str(out)]
+    with monkeypatch.context() as m:
+        _stopping(m, 5)
+        assert main(args)==130
+    assert 'Stopped by Ctrl-C' in capsys.readouterr().err
+    before = {o.name:o.read_bytes() for o in out.iterdir()}
+    for more,msg in ((['--bs','8'], 'started with bs=32, but now it is 8'), (['--epochs','4'], 'started with epochs=3'), (['--overwrite'], 'Use one of them')):
+        assert msg in _fails(capsys, *args, '--resume', *more)
+    assert 'continue that run with --resume' in _fails(capsys, *args)
+    shutil.copytree(photos, tmp_path/'photos')
+    (tmp_path/'photos'/'food'/'broken.png').unlink()
+    shutil.copy(next((photos/'food').glob('*.webp')), tmp_path/'photos'/'food'/'one-more.webp')
+    assert 'started with folder=' in _fails(capsys, 'finetune', tmp_path/'photos', *_three, '--out', out, '--resume')
+    assert {o.name:o.read_bytes() for o in out.iterdir()}==before
+    assert main([*args,'--resume','--time-limit','9'])==0 and _what_is_left(out)==_what_is_left(whole)
+    capsys.readouterr()
+    assert main([*args,'--resume'])==0 and 'nothing is left to do' in capsys.readouterr().out
+
+def test_changed_images_do_not_go_on(photos, tmp_path, capsys, monkeypatch):
+    shutil.copytree(photos, tmp_path/'photos')
+    args = ['finetune',str(tmp_path/'photos'),*_three,'--quiet','--out',str(tmp_path/'out')]
+    with monkeypatch.context() as m:
+        _stopping(m, 5)
+        assert main(args)==130
+    next((tmp_path/'photos'/'food').glob('*.webp')).rename(tmp_path/'photos'/'food'/'another.webp')
+    assert re.search(r"started with images='48 \(checksum \w+\)', but now", _fails(capsys, *args, '--resume'))
+
+def test_an_interrupt_while_results_are_saved(photos, whole, tmp_path, capsys, monkeypatch):
+    "What is finished is named, and the run goes on"
+    args = ['finetune',str(photos),*_three,'--quiet','--out',str(tmp_path/'out')]
+    with monkeypatch.context() as m:
+        def _now(*a): raise KeyboardInterrupt
+        m.setattr('fastai_discriminative.jobs._oof_table', _now)
+        assert main(args)==130
+    assert '2 finished fits (fold1, fold2)' in (err := capsys.readouterr().err) and '--resume' in err
+    assert main([*args,'--resume'])==0 and _what_is_left(tmp_path/'out')==_what_is_left(whole)
+
+def test_seeds_go_on(photos, tmp_path, capsys, monkeypatch):
+    "Beside stock fastai, whose runs begin again"
+    a,b = ([*map(str, ['finetune',photos,*_quick,'--seeds',2,'--compare','--out',tmp_path/o])] for o in 'ab')
+    assert main(a)==0
+    with monkeypatch.context() as m:
+        _stopping(m, 5) # one epoch of ours, two of fastai's, one of ours
+        assert main(b)==130
+    assert main([*b,'--resume'])==0 and 'finished before' in capsys.readouterr().out
+    def _scores(o): return [(r['how'],r['seed'],r['accuracy']) for r in json.loads((tmp_path/o/'run.json').read_text())['results']]
+    assert _scores('a')==_scores('b') and len(_scores('a'))==4
+    assert {o.name for o in (tmp_path/'b').iterdir()}=={'accuracy.png','history.csv','learner.pkl','report.html','run.json'}
+
+def test_a_time_limit_leaves_a_run_that_goes_on(photos, whole, tmp_path, capsys):
+    "There was time for nothing in a fold, then for all"
+    out = tmp_path/'out'
+    args = ['finetune',str(photos),*_three,'--quiet','--out',str(out)]
+    assert main([*args,'--time-limit','.0001'])==2
+    said = capsys.readouterr()
+    assert said.out.count('There was no time for an epoch of this fold.')==2 and not out.exists()
+    assert main([*args,'--resume','--time-limit','9'])==0 and _what_is_left(out)==_what_is_left(whole)
 
 _quick = ['--arch','test_resnet','--from-scratch','--strategy','uniform','--size','32','--epochs','1','--threads','1','--quiet']
 
@@ -184,7 +307,8 @@ def test_folds(photos, tmp_path, capsys):
     assert main(['finetune',str(photos),*_quick,'--folds','3','--out',str(out)])==0
     assert 'Out-of-fold accuracy' in capsys.readouterr().out
     oof = pd.read_csv(out/'oof.csv')
-    assert len(oof)==48 and oof.file.is_unique and (oof.truth==oof.file.map(lambda o: Path(o).parent.name)).all() and len(list(out.glob('learner-fold?.pkl')))==3
+    names = {f'{c}/{f.name}' for c in ('flags','food') for f in (photos/c).glob('*.webp')}
+    assert len(oof)==48 and (oof.truth==oof.file.map(lambda o: Path(o).parent.name)).all() and {*oof.file}==names and len(list(out.glob('learner-fold?.pkl')))==3
     assert (oof.label==oof[['probability flags','probability food']].idxmax(1).str.removeprefix('probability ')).all()
     assert main(['finetune',str(photos),*_quick,'--folds','2','--out',str(out),'--overwrite'])==0 and len(list(out.glob('learner-fold?.pkl')))==2
     assert main(['predict',str(out),str(photos/'food'),'--csv',str(tmp_path/'x.csv')])==0
@@ -240,7 +364,7 @@ def test_a_table_becomes_a_submission(comp, monkeypatch, capsys):
     assert "Labels: 'target' of train.csv, 8 groups of 'patient' kept whole" in capsys.readouterr().out
     oof = pd.read_csv('discriminative-comp/oof.csv', dtype=str)
     train = pd.read_csv(comp/'train.csv', dtype=str).set_index('id')
-    ids = oof.file.map(lambda o: Path(o).stem)
+    ids = oof.id # the table's own, under its own heading
     assert sorted(ids)==sorted(train.index) and list(oof.truth)==list(train.target[ids])
     assert not {*train.patient[ids[:12]]}&{*train.patient[ids[12:]]}, 'half of the images are of one fold, and share no patient with the rest'
     for images in ('comp','comp/test_images'): # the sample lies beside either

@@ -10,7 +10,7 @@ from fastai_discriminative.explain import explain_rooms
 from test_repo import _public,mods,root
 
 # The functions behind the commands, which `--help` explains
-of_the_command = {'cli','jobs'}
+of_the_command = {'cli','jobs','run_folder','run_progress'}
 rooms = [o for o in mods if o not in of_the_command]
 
 @pytest.fixture

@@ -127,6 +127,33 @@ def test_a_sample_that_does_not_fit(cols, kw, msg, learn, root):
     _fails('asks for a probability', p.table, positive='food')
     _fails('1 row without a prediction', p.table, pd.DataFrame(dict(id=['nobody'], label='x')))
 
+@pytest.mark.parametrize('pre,suf', [('prob_',''), ('','_probability'), ('is ','?')])
+def test_headings_with_one_text_before_and_after_all_classes(pre, suf, learn, root):
+    p = predict_images(learn, root)
+    t = _shaped(p, **{f'{pre}food{suf}':0, f'{pre}flags{suf}':0})
+    assert list(t)==['id',f'{pre}food{suf}',f'{pre}flags{suf}'] and np.allclose(t[[f'{pre}flags{suf}',f'{pre}food{suf}']].values.astype(float), p.preds[:2])
+
+@pytest.mark.parametrize('cols', [('class_0','class_1'), ('prob_flags','p_food'), ('prob_flags',), ('prob_flags','prob_food','prob_other')])
+def test_headings_that_are_not_understood(cols, learn, root):
+    if len(cols)>1: _fails(r"The sample's columns.*as in 'prob_CLASS'.*--like.*`p.preds`", _shaped, predict_images(learn, root), **dict.fromkeys(cols, .5))
+    else: _fails('Choose the class', _shaped, predict_images(learn, root), **dict.fromkeys(cols, .5))
+
+def test_classes_that_begin_alike(root):
+    "`class_1` is not `class_11`, and the order is that of the sample"
+    images = UnseenImages([Path('a.png')], ['a'], 'id')
+    p = Predictions(images, np.arange(12.)[None], [str(i) for i in range(12)], ['11'])
+    t = p.table(pd.DataFrame(dict(id=['a'], **{f'class_{i}':0 for i in (11,1,0,*range(2, 11))})))
+    assert t.iloc[0,1:].tolist()==[11.,1.,0.,*range(2, 11)]
+
+@pytest.mark.parametrize('like,positive,msg', [(dict(class_0=1,class_1=2),None,'are not class names'), (dict(target=.5),None,'Choose the class'), (dict(target=.5),'fod',"Did you mean 'food'"), (None,'food','asks for a probability')])
+def test_a_sample_is_checked_before_the_first_image(like, positive, msg, learn, root, monkeypatch):
+    def _early(*a): raise AssertionError('an image was predicted')
+    monkeypatch.setattr('fastai_discriminative.predict._preds', _early)
+    ids = find_images(root).ids
+    _fails(msg, predict_images, learn, root, like=like and pd.DataFrame(dict(id=ids, **like)), positive=positive)
+    _fails('without a prediction', predict_images, learn, root, like=pd.DataFrame(dict(id=['nobody'], label='x')))
+    _fails('cannot be read as a table', predict_images, learn, root, like=root/'none.csv')
+
 def test_saved_whole(learn, root, tmp_path):
     p = predict_images(learn, root)
     f = p.save(tmp_path/'submission.csv')

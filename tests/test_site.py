@@ -1,5 +1,5 @@
 "The website, as `tools/build_docs.py` left it: no dead link or anchor, nothing from another host; in a browser no error, enough contrast in both modes, and a search that finds"
-import ast,dataclasses,functools,html,http.server,importlib,inspect,json,os,re,shutil,threading
+import ast,dataclasses,functools,html,http.server,importlib,inspect,json,os,re,shutil,threading,zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -39,6 +39,15 @@ def test_no_dead_links(pages):
 def test_nothing_from_another_host(pages):
     assert not [(p.name, o) for p,page in pages.items() for o in page.far]
     assert not [p.name for p in docs.rglob('*.css') if '@import url(http' in p.read_text(encoding='utf-8')]
+
+@pytest.mark.parametrize('name', ['submit','folds'])
+def test_the_kaggle_notebooks_can_be_downloaded(name, pages):
+    "The notebook as it is in the repository, beside settings that name it"
+    assert f'kaggle/{name}.zip' in pages[docs/'kaggle.html'].links
+    with zipfile.ZipFile(docs/'kaggle'/f'{name}.zip') as z:
+        assert {*z.namelist()}=={f'{name}/kernel-metadata.json',f'{name}/{name}.ipynb'}
+        assert json.loads(z.read(f'{name}/kernel-metadata.json'))['code_file']==f'{name}.ipynb'
+        assert z.read(f'{name}/{name}.ipynb')==(docs.parent/'nbs'/'kaggle'/name/f'{name}.ipynb').read_bytes()
 
 def test_no_page_is_empty():
     "Each has more to say than its title and description"

@@ -1,5 +1,5 @@
 "Build the website (`_docs`) and `README.md` without Quarto: nbdev processes the notebooks, smalldocs renders them"
-import os,re,shutil
+import os,re,shutil,zipfile
 from urllib.parse import urlparse
 from fastcore.utils import *
 from fastcore.nbio import mk_cell,read_nb,write_nb
@@ -135,6 +135,16 @@ def readme_md(
     md = _re_image.sub(f'![\\1]({nbs}/', md)
     return '<!-- Generated from nbs/index.ipynb by tools/build_docs.py -->\n\n' + _re_page.sub(_link, md)
 
+def kaggle_downloads(
+    src:Path, # Folder with a folder for each notebook and its `kernel-metadata.json`
+    dst:Path, # Folder of the site
+):
+    "Write each folder as a `.zip`, for readers without a clone"
+    dst.mkdir(parents=True, exist_ok=True)
+    for d in sorted(o.parent for o in src.glob('*/kernel-metadata.json')):
+        with zipfile.ZipFile(dst/f'{d.name}.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+            for f in sorted([*d.glob('*.ipynb'), d/'kernel-metadata.json']): z.write(f, f'{d.name}/{f.name}')
+
 def _offline(docs):
     "Make the site independent of other hosts: it uses the system's fonts, and lists anything else that would be fetched"
     for p in docs.rglob('*.css'): p.write_text(_re_font.sub('', p.read_text()))
@@ -155,6 +165,7 @@ def main(
     names = page_names(cache)
     show_imports(cache, cfg.nbs_path)
     tidy(cache, doc_url, names, cfg.git_url, cfg.branch)
+    kaggle_downloads(cfg.nbs_path/'kaggle', cache/'kaggle') # the builder looks for what pages link to
     warns = [w for w in build(cache, quiet=True).warnings if not re.search('format-links|commonmark|keep-md', w)]
     for w in warns: print('warning:', w)
     docs = cfg.doc_path
