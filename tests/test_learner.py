@@ -115,7 +115,9 @@ def test_a_text_is_no_rate(dls, lr, hint):
 
 def test_a_learner_is_not_its_model(dls):
     learn = stock(dls)
-    for f in (layer_groups, model_map, Splitter(), lambda o: check_splitter(Splitter(n_groups=2), o), lambda o: Learner(dls, o, loss_func=learn.loss_func).split()):
+    def checked(o): return check_splitter(Splitter(n_groups=2), o)
+    def split(o): return Learner(dls, o, loss_func=learn.loss_func).split()
+    for f in (layer_groups, model_map, Splitter(), checked, split):
         with pytest.raises(SplitterError, match='Expected a model .*got a Learner. Pass its model: `learn.model`'): f(learn)
     for f in (preset_for, find_family):
         with pytest.raises(FamilyError, match='got a Learner. Pass its model: `learn.model`'): f(learn)
