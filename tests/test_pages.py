@@ -3,7 +3,7 @@ import builtins,importlib,json,re,symtable
 from functools import cache
 from pathlib import Path
 
-import fastai.vision.all,pytest
+import pytest
 
 nbs = Path(__file__).parent.parent/'nbs'
 pages = [*sorted((nbs/'tutorials').glob('*.ipynb')), nbs/'gallery.ipynb']
@@ -24,6 +24,9 @@ def _names_of(module):
     "What `from module import *` brings"
     m = importlib.import_module(module)
     return frozenset(getattr(m, '__all__', None) or (o for o in vars(m) if not o.startswith('_')))
+
+# what the hidden imports of a room bring; read here, since no test may change the environment, and these imports do
+brought = frozenset().union(*map(_names_of, ('fastai.vision.all','fastai_discriminative.all','fastai_discriminative.demo','fastcore.test')))
 
 def _used(table):
     "Global names that the code of `table`, or of a function in it, reads"
@@ -61,7 +64,7 @@ def test_visible_cells_need_no_hidden_ones(nb):
     cells,known = _cells(nb),set()
     if nb in rooms:
         own = re.search(r'default_exp (\w+)', cells[0])[1]
-        known = {*vars(importlib.import_module(f'fastai_discriminative.{own}'))}.union(*map(_names_of, ('fastai.vision.all','fastai_discriminative.all','fastai_discriminative.demo','fastcore.test')))
+        known = brought|{*vars(importlib.import_module(f'fastai_discriminative.{own}'))}
     lost = hidden_names(cells, known)-{*hidden_ok.get(nb.stem, {})}
     assert not lost, f"visible cells of {nb.name} use names that a reader does not see: {', '.join(sorted(lost))}. Make their cells visible, or import them in a visible one."
 
