@@ -125,7 +125,7 @@ def group_map(
 def md_table(
     head, # Heading of each column
     rows # Rows of cells: text in markdown, or values
-)->'Markdown': # IPython's `Markdown`, which a notebook shows as a table
+)->object: # IPython's `Markdown`, which a notebook shows as a table
     "Make a table in markdown, for a page"
     from IPython.display import Markdown # only pages need it
     return Markdown('\n'.join('| '+' | '.join(map(str, o))+' |' for o in (head, ['---']*len(head), *rows)))
