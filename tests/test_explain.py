@@ -62,7 +62,7 @@ def test_a_page_says_it_once(tools):
     "nbdev shows docments in the signature; sections of the docstring below would be the second time"
     # The oldest versions are tested without the extra `dev`: nbdev needs a newer fastcore than they do
     pytest.importorskip('smalldocs', reason='smalldocs is not installed: it builds the website, and comes with the extra `dev`')
-    no_sections,show = importlib.import_module('build_docs').no_sections,importlib.import_module('fastcore.docments').MarkdownRenderer
+    no_sections,show = importlib.import_module('show_names').no_sections,importlib.import_module('fastcore.docments').MarkdownRenderer
     n = 0
     for obj in (_bare(o) for r in rooms for _,_,o,_ in _public(r)):
         try: md = show(obj)._repr_markdown_()
