@@ -47,7 +47,10 @@ def _strategy_of(a):
     return find_strategy(('lp_ft' if by_hand else 'auto') if a.strategy is None else a.strategy).name
 
 def _fit_ours(learn, epochs, cbs, strategy, file):
-    learn.fit_strategy(strategy, epochs, cbs=cbs, resume=None if find_strategy(strategy).fit else file) # a fit in its own way begins again
+    try: learn.fit_strategy(strategy, epochs, cbs=cbs, resume=None if find_strategy(strategy).fit else file) # a fit in its own way begins again
+    except ResumeError as e:
+        if 'cannot be written' not in str(e): raise
+        with writing_results(file.parent): raise e.__cause__
 
 def _fit_stock(learn, epochs, cbs, strategy=None, file=None):
     "Train by fastai's `fine_tune`, whose first epoch is frozen; by `fit_one_cycle` if nothing is frozen"

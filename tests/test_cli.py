@@ -262,6 +262,23 @@ def test_seeds_go_on(photos, tmp_path, capsys, monkeypatch):
     assert _scores('a')==_scores('b') and len(_scores('a'))==4
     assert {o.name for o in (tmp_path/'b').iterdir()}=={'accuracy.png','history.csv','learner.pkl','report.html','run.json'}
 
+def test_a_fit_that_a_time_limit_cut_goes_on(photos, whole, tmp_path, capsys, monkeypatch):
+    "After whole epochs, with the limit of the next call: not with what was left of the old one"
+    from fastai_discriminative.time_limit import CancelFitException,TimeLimit
+    out = tmp_path/'out'
+    args = ['finetune',str(photos),*_three,'--quiet','--out',str(out)]
+    def _over(self):
+        if self.epoch<1: return
+        self.is_over,self.end = True,0.
+        raise CancelFitException
+    with monkeypatch.context() as m:
+        m.setattr(TimeLimit, 'after_epoch', _over)
+        assert main([*args,'--time-limit','9'])==0
+    assert '--resume' in capsys.readouterr().out and {'fit-fold1.pt','fit-fold2.pt'}<={o.name for o in out.iterdir()}
+    n = []
+    monkeypatch.setattr(TimeLimit, 'before_epoch', lambda self: n.append(self.epoch) or setattr(self, '_began', time.monotonic()))
+    assert main([*args,'--resume','--time-limit','9'])==0 and n==[2,2] and _what_is_left(out)==_what_is_left(whole)
+
 def test_a_time_limit_leaves_a_run_that_goes_on(photos, whole, tmp_path, capsys):
     "There was time for nothing in a fold, then for all"
     out = tmp_path/'out'
