@@ -204,6 +204,7 @@ def _describe(job):
     learn.unfreeze()
     print(learn.layer_groups)
     look = learn.preflight(job.a.epochs, job.strategy)
+    if getattr(job.a, 'folds', None): look.findings = [f for f in look.findings if f.name!='validation'] # all images are scored
     print(f'{learn.preset}\n\nStrategy {job.strategy!r}: {_phases_told(look)}.')
     print(f'The rates of these phases train. Those in the table above are for a fit of unknown length.\n{look.text(command=True)}')
     k,noun = (job.a.folds,'fold') if getattr(job.a, 'folds', None) else (job.a.seeds,'run')
