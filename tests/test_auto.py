@@ -200,7 +200,7 @@ def test_validation_images_of_one_class_cannot_judge_a_trial(dls, monkeypatch):
     learn = ours(dls)
     stock = at._seen
     monkeypatch.setattr(at, '_seen', lambda *a: (stock(*a)[0],)*2) # what other images' targets would cost is the same
-    with pytest.warns(UserWarning, match='the trained head is no better than'): learn.fit_strategy('auto', long(dls))
+    with pytest.warns(UserWarning, match='the head is no better than'): learn.fit_strategy('auto', long(dls))
     assert learn.auto_evidence.lrs and not learn.auto_evidence.trials
 
 def test_ten_images_to_validate_on(dls):

@@ -152,7 +152,7 @@ def test_interrupt_after_an_epoch_keeps_what_was_best(photos, tmp_path):
 
 # ---- to go on with a run
 
-_three = ['--arch','test_resnet','--from-scratch','--strategy','uniform','--size','32','--epochs','3','--threads','1','--folds','2','--seed','7']
+_three = ['--arch','resnet10t','--from-scratch','--strategy','uniform','--size','32','--epochs','3','--threads','1','--folds','2','--seed','7']
 _patient = "import sys,time; from fastai.callback.core import Callback; from fastai.learner import defaults; from fastai_discriminative.cli import main\n" \
     "class Slow(Callback):\n    def after_epoch(self): time.sleep(.5)\ndefaults.callbacks.append(Slow)\nsys.exit(main())"
 

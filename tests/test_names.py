@@ -71,7 +71,7 @@ def test_freeze_to_what_is_no_group(dls, bad, words):
 
 def test_a_learner_without_layer_groups_is_fastais(dls):
     learn = stock(dls)
-    with pytest.raises(TypeError): learn.freeze_to('layer3')
+    with pytest.raises(OptimizerStateError, match='needs layer groups'): learn.freeze_to('layer3')
 
 def test_a_resnet_of_torchvision_has_the_names_of_torchvision(dls):
     learn = stock(dls, torchvision.models.resnet18).split()

@@ -8,6 +8,7 @@ import numpy as np, pytest, timm, torch
 
 from fastai_discriminative import presets
 from fastai_discriminative.presets import *
+from fastai_discriminative.backbone import has_batch_norm
 from fastai_discriminative.core import read_data
 from fastai_discriminative.presets import _combine,_default_head_lr,_find_regime,_nearest,_recipes_of,_regime_preset,_table,_unregistered,_usable
 from fastai_discriminative.registry import *
@@ -177,7 +178,7 @@ def test_a_familys_own_rates(own_families):
     p = preset_for(m, bs=512, n_steps=100, size=64)
     assert (p.lr_low, p.lr_high, p.head_lr)==pytest.approx((2e-5, 2e-4, 1e-3)) and p.law is None and not p.sources
     assert preset_for(m, regime='ssl').lr_high==preset_for('resnet18', regime='ssl').lr_high, 'the mean of the regime, as for any family without recipes'
-    with pytest.raises(PresetError, match="family 'own' for 'supervised' are for adamw, not for sgd"): preset_for(m, optimizer='sgd')
+    with pytest.raises(PresetError, match="family 'own' for 'supervised' are for adamw. For sgd, give your own"): preset_for(m, optimizer='sgd')
     register_family('own', archs='OwnNet', recipes=dict(super=own), exist_ok=True)(lambda m: [m])
     with pytest.raises(PresetError, match="Unknown regime 'super' of family 'own'. Did you mean 'supervised'"): preset_for(m)
 
