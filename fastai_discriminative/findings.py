@@ -253,7 +253,7 @@ def _load_or_scratch(look):
 
 def _find_random_layers(look):
     gs,learn = look.groups,look.learn
-    if not look.pretrained: raise NotKnown("nothing is pretrained")
+    if not look.pretrained or any(p.regime=='random' for p in _presets(look)): raise NotKnown("nothing is pretrained")
     n_body = gs.n_body if in_layer_groups(learn) else len(gs)-1
     if not n_body: raise NotKnown("all layers are in one group")
     norms = _body_norms(look)

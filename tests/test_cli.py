@@ -153,8 +153,8 @@ def test_interrupt_after_an_epoch_keeps_what_was_best(photos, tmp_path):
 # ---- to go on with a run
 
 _three = ['--arch','resnet10t','--from-scratch','--strategy','uniform','--size','32','--epochs','3','--threads','1','--folds','2','--seed','7']
-_patient = "import sys,time; from fastai.callback.core import Callback; from fastai.learner import defaults; from fastai_discriminative.cli import main\n" \
-    "class Slow(Callback):\n    def after_epoch(self): time.sleep(.5)\ndefaults.callbacks.append(Slow)\nsys.exit(main())"
+_patient = "import sys,time; from fastai.learner import Recorder; from fastai_discriminative.cli import main\nlog = Recorder.after_epoch\n" \
+    "def slow(self):\n    time.sleep(.5)\n    log(self)\nRecorder.after_epoch = slow\nsys.exit(main())" # nothing that an export would hold
 
 def _cut(args, cwd, after, *sigs):
     "Start a command whose epochs last half a second, and send it `sigs` when its output matches `after`; its status, stdout and stderr"
