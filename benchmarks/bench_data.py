@@ -44,6 +44,11 @@ def fashion_path(n=2600):
                 Image.fromarray(x).save(tmp/str(y)/f'{i:05}.png')
     return dst
 
+def _on_white(im):
+    page = Image.new('RGBA', im.size, 'white')
+    page.alpha_composite(im.convert('RGBA'))
+    return page.convert('RGB')
+
 def stamps_path():
     "Tux Paint's stamps (public domain, CC0 and GPL): photographs and drawings on white, 9 kinds; a set to design on, not to report on"
     dst = _cache()/'stamps'
@@ -57,9 +62,7 @@ def stamps_path():
                 for i,f in enumerate(fs):
                     im = Image.open(f).convert('RGBA')
                     im.thumbnail((128,128))
-                    page = Image.new('RGBA', im.size, 'white')
-                    page.alpha_composite(im)
-                    page.convert('RGB').save(tmp/d.name/f'{i:04}.png')
+                    _on_white(im).save(tmp/d.name/f'{i:04}.png')
     return dst
 
 def emoji_path():
@@ -74,11 +77,8 @@ def emoji_path():
                 if line.startswith('# group: '): group = line[9:].split()[0].lower()
                 codes = line.split(';')[0].replace('FE0F', '').split() # FE0F only asks for colour
                 if line[:1] in ('','#') or group in ('component','flags') or len(codes)!=1 or (glyph := names.get(int(codes[0], 16))) not in bitmaps: continue
-                im = Image.open(io.BytesIO(bitmaps[glyph].imageData)).convert('RGBA')
-                page = Image.new('RGBA', im.size, 'white')
-                page.alpha_composite(im)
                 (tmp/group).mkdir(parents=True, exist_ok=True)
-                page.convert('RGB').save(tmp/group/f'{codes[0]}.png')
+                _on_white(Image.open(io.BytesIO(bitmaps[glyph].imageData))).save(tmp/group/f'{codes[0]}.png')
     return dst
 
 _mlp = ('norm1.weight','norm1.bias','norm2.weight','norm2.bias','mlp.fc1.bias','mlp.fc2.bias')

@@ -96,7 +96,7 @@ def _add_common(p, n_threads, seed):
 
 def _add_training(p, size, n_threads, out, n_train, saved='learner.pkl, accuracy.png, report.html, history.csv and run.json'):
     "Arguments of the commands that train"
-    p.add_argument('--epochs', type=_count, default=4, help="epochs of the whole network; most strategies train the head first, and auto and lp_ft do so for 10 more epochs on cached features (default: %(default)s)")
+    p.add_argument('--epochs', type=_count, default=4, help='epochs of the whole network (default: %(default)s); most strategies train the head first, for epochs that come on top, and all phases are printed before a fit')
     p.add_argument('--size', type=_size, default=size, help=f"height and width of the images in pixels (default: {size or 'the size that the architecture was trained with, at most 224'})")
     p.add_argument('--bs', type=_batch, default=32, help='batch size (default: %(default)s)')
     p.add_argument('--n-groups', type=_n_groups, metavar='N|block', help="number of layer groups, including the head, or 'block' for one group per layer (default: the family's number)")

@@ -162,9 +162,7 @@ def _put_each(o, saved, unpack):
         else: old.load_state_dict(unpack(s['state']))
 
 # %% ../nbs/05f_resume.ipynb #f9693130
-def _cb_state(cb, start, pack):
-    if isinstance(cb, TimeLimit): return dict(attrs={}) # the limit is that of the call
-    return dict(own=pack(cb.state_dict())) if _keeps_state(type(cb)) else dict(attrs=_each(_attributes(cb, start), pack))
+def _cb_state(cb, start, pack): return dict(own=pack(cb.state_dict())) if _keeps_state(type(cb)) else dict(attrs=_each(_attributes(cb, start), pack))
 
 def _put_cb(cb, s, unpack):
     if 'own' in s: cb.load_state_dict(unpack(s['own']))

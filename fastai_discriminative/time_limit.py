@@ -42,6 +42,14 @@ class TimeLimit(Callback):
         self._longest = max(self._longest, self._took)
         if self.epoch+1<self.n_epoch: self._check(self._longest)
 
+    def state_dict(self)->dict: # Nothing
+        "Keep nothing in the file of a fit: a fit that continues has the limit of its own call"
+        return {}
+    def load_state_dict(self,
+        sd:dict # From `state_dict`
+    ):
+        "Restore nothing"
+
     @property
     def minutes_left(self)->float: # 0 when the time is over
         "Time until the end"

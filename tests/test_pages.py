@@ -1,9 +1,10 @@
 "Pages that teach: a reader who copies the visible cells of a page in order can run them"
-import builtins,importlib,json,re,symtable
+import ast,builtins,importlib,json,re,symtable
 from functools import cache
 from pathlib import Path
 
 import pytest
+from nbdev.doclinks import NbdevLookup
 
 nbs = Path(__file__).parent.parent/'nbs'
 pages = [*sorted((nbs/'tutorials').glob('*.ipynb')), nbs/'gallery.ipynb']
@@ -11,12 +12,10 @@ rooms = [nbs/f'{o}.ipynb' for o in ('07d_rates','08a_auto','09_lr_finder')] # a 
 given = {*dir(builtins), 'display', 'get_ipython'} # what a notebook has before its first cell
 # Page -> names that a visible cell uses and only hidden cells define, each with its reason
 hidden_ok = dict(
-    groups_and_families=dict(draw='draws the strips of a picture, and shows nothing to copy', error_of='prints an error that is expected', pytest='stands for `!pytest`, without what differs from run to run'),
-    several_gpus=dict(subprocess='of the standard library'))
+    groups_and_families=dict(draw='draws the strips of a picture, and shows nothing to copy', error_of='prints an error that is expected', pytest='stands for `!pytest`, without what differs from run to run'))
 
 _hidden = re.compile(r'^#\|\s*(hide\b|echo: *false|include: *false|hide_input|default_exp)', re.M)
 _exported = re.compile(r'^#\|\s*export', re.M)
-_star = re.compile(r'^\s*from ([\w.]+) import \*', re.M)
 _magic = re.compile(r'^\s*[%!].*$', re.M)
 
 @cache
@@ -37,7 +36,8 @@ def _used(table):
 def _bound(table, src):
     "Names that the code of a cell binds"
     own = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
-    return own.union(*map(_names_of, _star.findall(src)))
+    stars = [n.module for n in ast.walk(ast.parse(src)) if isinstance(n, ast.ImportFrom) and n.names[0].name=='*']
+    return own.union(*map(_names_of, stars))
 
 def hidden_names(
     cells, # Source of each code cell of a page
@@ -71,6 +71,7 @@ def test_visible_cells_need_no_hidden_ones(nb):
 @pytest.mark.parametrize('cells,lost', [
     (['#| hide\ndef f(): return 1', 'f()'], {'f'}),                               # a helper
     (['#| hide\nfrom math import *', 'x = sqrt(2)'], {'sqrt'}),                   # an import
+    (['s = "from math import *"', 'sqrt(2)'], {'sqrt'}),                         # an import in a text
     (['x = 1', '#| hide\nx = 2', 'x+1'], {'x'}),                                  # another value than the reader has
     (['def g(): return h()', '#| echo: false\nh = len\ng()'], {'h'}),             # used in a function
     (['from math import *\nx = sqrt(2)', '#| hide\nassert x>1', '[x+i for i in range(3)]'], set()),
@@ -80,7 +81,7 @@ def test_hidden_names(cells, lost): assert hidden_names(cells)==lost
 
 def test_no_link_around_a_link():
     "nbdev makes a link of a name in backticks; inside another link, the page shows the brackets instead"
-    lookup = pytest.importorskip('nbdev.doclinks').NbdevLookup('fastai_discriminative')
+    lookup = NbdevLookup('fastai_discriminative')
     texts = [(p.name, m[0]) for p in nbs.rglob('*.ipynb') if not any(o.startswith(('.','_')) for o in p.relative_to(nbs).parts)
         for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown' for m in re.finditer(r'\[[^][]*\]\([^()]*\)', ''.join(c['source']))]
     assert len(texts)>100
