@@ -63,6 +63,8 @@ class TrueFreeze(HoldingCallback):
         self.reduced = ReducedParams(self.learn) # `DistributedDataParallel` comes after this
     def before_train(self):
         self.hold()
+        if not any(p.requires_grad for p in self.model.parameters()): raise OptimizerStateError(
+            "All layers are frozen, so nothing can train. Call `learn.unfreeze()`, or `learn.freeze_to(-1)` to train the head. Layers frozen by hand need `requires_grad_(True)`.")
         self.reduced.check_agreed()
     def before_batch(self):
         if self.training and (self.opt.frozen_idx!=self.at or self.reduced.is_behind()): self.hold()

@@ -133,6 +133,22 @@ def test_train_norm_is_one_of_three(dls, bad):
     with pytest.raises(SplitterError, match='train_norm'): learn.split(train_norm=bad)
     unchanged(learn, was)
 
+@pytest.mark.parametrize('train_norm', ['group',True])
+def test_a_fit_of_a_learner_that_is_frozen_whole_says_so(dls, train_norm):
+    learn = ours(dls, train_norm=train_norm)
+    learn.unfreeze()
+    for p in learn.model.parameters(): p.requires_grad_(False)
+    before = weights(learn)
+    with pytest.raises(OptimizerStateError, match=r'All layers are frozen.*`learn.unfreeze\(\)`.*requires_grad_'): learn.fit_one_cycle(1, 1e-2)
+    assert not changed(learn, before)
+    learn = ours(dls, train_norm=train_norm)
+    learn.freeze()
+    with pytest.warns(UserWarning, match='whole model is frozen'): learn.opt.freeze_to(len(learn.layer_groups))
+    if train_norm is True: return learn.fit_one_cycle(1, 1e-2) # its norm layers train
+    with pytest.raises(OptimizerStateError, match='All layers are frozen'): learn.fit_one_cycle(1, 1e-2)
+    learn.freeze()
+    learn.fit_one_cycle(1, 1e-2)
+
 # ---- interrupts
 
 def modes_ok(learn):

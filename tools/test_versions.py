@@ -41,7 +41,8 @@ def build(venv):
     asked = re.findall(r'^(?:requires-python|dependencies|demo) = .*$', text, re.M)
     lock = hashlib.sha256('\n'.join([*asked, *extras, oldest.read_text(encoding='utf-8'), _out(python, '-VV')]).encode()).hexdigest()
     made = venv/('Scripts' if os.name=='nt' else 'bin')/'python'
-    def _pip(*args): subprocess.run([str(made), '-m', 'pip', 'install', '-qq', *args], check=True, cwd=root, timeout=1200)
+    def _pip(*args): # the environment is kept, so a second copy of 3 GB of packages in pip's cache serves nobody
+        subprocess.run([str(made), '-m', 'pip', 'install', '-qq', '--no-cache-dir', *args], check=True, cwd=root, timeout=1200)
     if (venv/'lock').exists() and (venv/'lock').read_text()==lock: _pip('--no-deps', '--no-build-isolation', '-e', '.')
     else:
         subprocess.run([python, '-m', 'venv', '--clear', str(venv)], check=True)
