@@ -83,6 +83,8 @@ def _suggested(rates, losses, num_it, rule):
     if b-a<6: raise ReportError(f"Only {len(rates)} steps before the loss diverged: too few to find a rate. Start with a lower `start_lr`, or continue with `stop_div=False`.")
     return float(rule(tensor(rates[a:b]), tensor(losses[a:b]), num_it)[0])
 
+def _by(rule): return f'`{getattr(getattr(rule, "func", rule), "__name__", type(rule).__name__)}`' # it may be a `partial`, as in fastai
+
 # %% ../nbs/09_lr_finder.ipynb #206e8c96
 @dataclass(repr=False)
 class FoundRates:
@@ -144,7 +146,7 @@ def _joint(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):
     seen = _range_test(learn, _scheds(start_lr, end_lr, rel), num_it, stop_div)
     last,losses = [o[-1] for o,_ in seen],[l for _,l in seen]
     lr = _suggested(last, losses, num_it, rule)
-    return [lr*r/rel[-1] for r in rel],f"`{rule.__name__}` of a range test along the preset's slope, {len(seen)} steps.",'clear' if _drop(losses)>.1 else 'weak',{'all':(last,losses)}
+    return [lr*r/rel[-1] for r in rel],f"{_by(rule)} of a range test along the preset's slope, {len(seen)} steps.",'clear' if _drop(losses)>.1 else 'weak',{'all':(last,losses)}
 
 # %% ../nbs/09_lr_finder.ipynb #4970b501
 _slopes = .01,.1,1.
@@ -156,7 +158,7 @@ def _ratios(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):
     lows = [min(ls) for _,ls in curves.values()]
     i = int(np.argmin(lows))
     clear = 'clear' if lows[i]<.98*sorted(lows)[1] else 'weak'
-    return tests[i][1][0],f"The loss falls lowest with ratio {tests[i][0]:g}: `{rule.__name__}` of that range test.",clear,curves
+    return tests[i][1][0],f"The loss falls lowest with ratio {tests[i][0]:g}: {_by(rule)} of that range test.",clear,curves
 
 def _groups(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):
     still,curves = SchedNo(0., 0.),{}
@@ -166,7 +168,7 @@ def _groups(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):
         curves[g.name] = [o[i] for o,_ in seen],[l for _,l in seen]
     found = {k:_suggested(*v, num_it, rule) for k,v in curves.items()}
     weak = [k for k,(_,ls) in curves.items() if _drop(ls)<.05]
-    return [found.get(g.name, 0.) for g in groups],f"`{rule.__name__}` of a range test of each group." + (f" Training {list_some(weak)} alone hardly lowers the loss." if weak else ''),'weak' if weak else 'clear',curves
+    return [found.get(g.name, 0.) for g in groups],f"{_by(rule)} of a range test of each group." + (f" Training {list_some(weak)} alone hardly lowers the loss." if weak else ''),'weak' if weak else 'clear',curves
 
 # %% ../nbs/09_lr_finder.ipynb #f7cd5a2c
 def _trials(learn, case, groups, rel, start_lr, end_lr, num_it, stop_div, rule):

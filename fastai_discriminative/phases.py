@@ -180,8 +180,14 @@ class Strategy:
 _strategies = {}
 
 # %% ../nbs/07b_phases.ipynb #8b2566c7
+def _inner(f):
+    "The function that a `partial` calls, or the class of another object that can be called"
+    while isinstance(f, partial): f = f.func
+    return f if hasattr(f, '__qualname__') else type(f)
+
 def _is_again(f, old):
     "Is `f` the function `old`, defined again in its module or in a notebook?"
+    f,old = _inner(f),_inner(old)
     mods = {f.__module__,old.__module__}
     return f.__qualname__==old.__qualname__ and (len(mods)==1 or '__main__' in mods)
 
@@ -202,7 +208,7 @@ def register_strategy(
         if fit is None: _check_takes(f)
         old = _strategies.get(name)
         if old is not None and not _is_again(f, old.phases): raise StrategyError(f"The strategy {name!r} already exists. Choose another name.")
-        _strategies[name] = Strategy(name, f, inspect.getdoc(f) or '', source, keep_best, fit)
+        _strategies[name] = Strategy(name, f, inspect.getdoc(_inner(f)) or '', source, keep_best, fit)
         return f
     return _f
 

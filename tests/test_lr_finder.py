@@ -1,9 +1,10 @@
 "`lr_find_groups`: fastai's curve where all groups go together, one course a group, trials; everything put back; what it refuses"
 import math,random
+from functools import partial
 
 import numpy as np,pytest,torch
 import matplotlib.pyplot as plt
-from fastai.callback.schedule import SuggestionMethod
+from fastai.callback.schedule import SuggestionMethod,slide
 from fastai.callback.tracker import SaveModelCallback
 from fastai.vision.all import Adam,Callback,accuracy,set_seed
 
@@ -58,8 +59,10 @@ def test_the_presets_slope(learn):
     assert [o/found.lrs[-1] for o in found.lrs]==pytest.approx([o/case[-1] for o in case])
     assert found.slice==slice(found.lrs[0], found.lrs[found.n_body-1]) and found.method=='joint' and found.confidence in ('clear','weak')
 
-@pytest.mark.parametrize('rule', [SuggestionMethod.Valley, SuggestionMethod.Steep, SuggestionMethod.Minimum])
-def test_rules_of_fastai(learn, rule): assert 0<learn.lr_find_groups('joint', num_it=24, end_lr=1., suggest=rule).lrs[-1]<=1.
+@pytest.mark.parametrize('rule', [SuggestionMethod.Valley, SuggestionMethod.Steep, SuggestionMethod.Minimum, partial(slide, lr_diff=5)])
+def test_rules_of_fastai(learn, rule):
+    found = learn.lr_find_groups('joint', num_it=24, end_lr=1., suggest=rule)
+    assert 0<found.lrs[-1]<=1. and f"`{getattr(rule, 'func', rule).__name__}`" in str(found)
 
 def test_one_group_at_a_time(learn):
     learn.freeze_to(2)

@@ -170,6 +170,28 @@ def test_registering():
         with pytest.raises(StrategyError, match='already'): register_strategy('auto')(_mine)
     finally: del ph._strategies['mine']
 
+def some_epochs(k, n_epoch, preset, groups):
+    "Some epochs."
+    return [Phase(k*n_epoch, 1e-3)]
+
+class Longer:
+    "Twice as long."
+    def __call__(self, n_epoch, preset, groups): return some_epochs(2, n_epoch, preset, groups)
+
+def test_what_is_registered_may_be_a_partial_or_an_object(dls):
+    try:
+        for k in (3,2): register_strategy('mine')(partial(some_epochs, k)) # again, changed, as in a cell that runs once more
+        learn = ours(dls)
+        learn.fit_strategy('mine', 1)
+        assert find_strategy('mine').about=='Some epochs.' and len(learn.recorder.values)==2
+        with pytest.raises(StrategyError, match='already'): register_strategy('mine')(Longer())
+        with pytest.raises(StrategyError, match='already'): register_strategy('auto')(partial(some_epochs, 3))
+    finally: del ph._strategies['mine']
+    try:
+        for _ in range(2): register_strategy('longer')(Longer())
+        assert find_strategy('longer').about=='Twice as long.'
+    finally: del ph._strategies['longer']
+
 def test_pictures(dls):
     learn = ours(dls)
     start,peak = weights(learn),learn.peak_lrs
