@@ -179,7 +179,7 @@ class Strategy:
 
 _strategies = {}
 
-# %% ../nbs/07b_phases.ipynb #8b2566c7
+# %% ../nbs/07b_phases.ipynb #562f6291
 def _inner(f):
     "The function that a `partial` calls, or the class of another object that can be called"
     while isinstance(f, partial): f = f.func
@@ -191,6 +191,7 @@ def _is_again(f, old):
     mods = {f.__module__,old.__module__}
     return f.__qualname__==old.__qualname__ and (len(mods)==1 or '__main__' in mods)
 
+# %% ../nbs/07b_phases.ipynb #8b2566c7
 def _check_takes(f):
     "Raise `StrategyError` unless `f` can be called as a strategy is"
     try: inspect.signature(f).bind(1, None, None)
