@@ -57,15 +57,12 @@ def scores(data, learn):
 
 # ---- ours
 
-def _with_head(n, n_epoch, preset, groups):
+def _auto(n_head, n_epoch, preset, groups):
     first,*rest = find_strategy('auto').phases(n_epoch, preset, groups)
-    return [replace(first, n_epoch=n), *rest]
+    return [replace(first, n_epoch=n_head), *rest]
 
-# `auto` itself trains its head for ten cached epochs
-@register_strategy('auto, 4 head epochs', keep_best=find_strategy('auto').keep_best)
-def _head_4(*args): return _with_head(4, *args)
-@register_strategy('auto, 30 head epochs', keep_best=find_strategy('auto').keep_best)
-def _head_30(*args): return _with_head(30, *args)
+heads = {f'auto, {n} head epochs':n for n in (4,30)} # `auto` itself trains its head for ten cached epochs
+for k,n in heads.items(): register_strategy(k, keep_best=find_strategy('auto').keep_best)(partial(_auto, n))
 
 # ---- peers
 
@@ -155,7 +152,7 @@ def logistic(learn, n_epoch, cbs):
 # ---- cases
 
 base_lrs,layer_lrs,cells = (2e-3,5e-3,1e-2,2e-2),(1e-4,3e-4,1e-3),(3e-5,1e-4,3e-4,1e-3)
-ours = {'head alone':'feature_extraction', "auto's head":[Phase(10, frozen=-1, cached=True)], **{k:k for k in ('auto','auto, 4 head epochs','auto, 30 head epochs')}}
+ours = {'head alone':'feature_extraction', "auto's head":[Phase(10, frozen=-1, cached=True)], 'auto':'auto', **{k:k for k in heads}}
 tuned = {'fine_tune': {f'fine_tune {lr:g}':partial(fine_tune, lr) for lr in base_lrs},
     'timm': {f'timm {lr:g}':partial(layer_decay, lr, .75, True, .1) for lr in layer_lrs},
     'slice': {f'slice {lr:g}':partial(lp_slice, lr) for lr in cells}}

@@ -182,7 +182,7 @@ _strategies = {}
 # %% ../nbs/07b_phases.ipynb #562f6291
 def _inner(f):
     "The function that a `partial` calls, or the class of another object that can be called"
-    while isinstance(f, partial): f = f.func
+    if isinstance(f, partial): f = f.func # which is never a `partial` itself
     return f if hasattr(f, '__qualname__') else type(f)
 
 def _is_again(f, old):
