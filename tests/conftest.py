@@ -1,6 +1,9 @@
-"One thread, no network, no display, fixed seeds; and no test may change the environment or the working folder"
-import os,random
+"One thread, no network, no display, nothing that this user has cached, fixed seeds; and no test may change the environment or the working folder"
+import os,random,tempfile
 os.environ.update(MPLBACKEND='Agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
+if 'PYTEST_XDIST_WORKER' not in os.environ: # xdist's workers inherit it
+    _caches = tempfile.TemporaryDirectory(prefix='caches-')
+    os.environ.update({o:os.path.join(_caches.name, o) for o in ('MPLCONFIGDIR','FASTAI_HOME','HF_HOME','TORCH_HOME')})
 
 import matplotlib.pyplot as plt,numpy as np,pytest,torch
 from PIL import Image
