@@ -1180,6 +1180,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastai_discriminative/learner.py'),
                                                'fastai_discriminative.learner._Whole.load_state_dict': ( 'learner.html#_whole.load_state_dict',
                                                                                                          'fastai_discriminative/learner.py'),
+                                               'fastai_discriminative.learner._absent': ( 'learner.html#_absent',
+                                                                                          'fastai_discriminative/learner.py'),
                                                'fastai_discriminative.learner._as_preset': ( 'learner.html#_as_preset',
                                                                                              'fastai_discriminative/learner.py'),
                                                'fastai_discriminative.learner._check_lr': ( 'learner.html#_check_lr',

@@ -243,6 +243,10 @@ def _freeze_as_saved(learn, cold, by_hand):
     if (now.tf.asked,now.tf.pinned)!=(k,by_hand): freeze_as(learn, k, by_hand)
 
 # %% ../nbs/06_learner.ipynb #17ea4924
+def _absent(path):
+    "The `FileNotFoundError` for `path`, with the nearest names of files like it in its folder"
+    return FileNotFoundError(f"There is no file {str(path)!r}.{near_matches(path.stem, [o.stem for o in path.parent.glob(f'*{path.suffix}')])}")
+
 def _load(learn, file, *args, **kwargs):
     "Like fastai's `load`: the model completely or not at all, the optimiser's state by name, and what was frozen"
     model,opt = learn.model,learn.opt
@@ -252,6 +256,7 @@ def _load(learn, file, *args, **kwargs):
     try: res = Learner.load._stock(learn, file, *args, **kwargs)
     except BaseException as e:
         new = opt
+        if isinstance(e, FileNotFoundError) and e.filename: raise _absent(Path(e.filename)) from None
         if not isinstance(e, Exception) or isinstance(e, (DiscriminativeError,OSError)): raise
         why = (str(e).splitlines() or [''])[0][:200]
         raise WeightsError(f"{str(file)!r} holds no model that could be loaded ({type(e).__name__}: {why}). It may be truncated, or written by another program.") from e

@@ -429,6 +429,8 @@ def test_a_checkpoint_of_another_architecture_is_refused_whole(dls, tmp_path, ar
     with pytest.raises(WeightsError, match='nothing was loaded'): learn.load('other')
     unchanged(learn, was)
     learn.save('own')
+    with pytest.raises(FileNotFoundError, match="There is no file '.*onw.pth'. Did you mean 'own'"): learn.load('onw')
+    unchanged(learn, was)
     before = weights(learn)
     learn.fit(1, 1e-2)
     assert same(weights(learn.load('own')), before)
