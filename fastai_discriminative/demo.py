@@ -80,12 +80,12 @@ _lite0_top = _pairs('_conv_stem=conv_stem _bn0=bn1 _conv_head=conv_head _bn1=bn2
 _lite0_first = _pairs('_depthwise_conv=conv_dw _bn1=bn1 _project_conv=conv_pw _bn2=bn2')
 _lite0_block = _pairs('_expand_conv=conv_pw _bn0=bn1 _depthwise_conv=conv_dw _bn1=bn2 _project_conv=conv_pwl _bn2=bn3')
 
-def _lite0_key(k):
-    "timm's name for the tensor `k`"
+def _lite0_key(k, blocks=_lite0_blocks):
+    "timm's name for the tensor `k`, where `blocks` are timm's names of the blocks"
     mod,rest = k.split('.', 1)
     if mod!='_blocks': return f'{_lite0_top[mod]}.{rest}'
     n,mod,rest = rest.split('.', 2)
-    return f"blocks.{_lite0_blocks[int(n)]}.{(_lite0_first if n=='0' else _lite0_block)[mod]}.{rest}"
+    return f"blocks.{blocks[int(n)]}.{(_lite0_first if n=='0' else _lite0_block)[mod]}.{rest}"
 
 # %% ../nbs/14_demo.ipynb #1fed44a3
 def lite0_weights()->Path: # A `.safetensors` file for timm's `tf_efficientnet_lite0`

@@ -68,17 +68,19 @@ def has_classes(
 def tempered_loss(
     preds:Tensor, # Logits, images x classes
     targs:Tensor, # Class of each image
-)->float: # Mean cross-entropy at the best temperature
-    "Cross-entropy of `preds` without the effect of over- or underconfidence (Guo et al. 2017, arXiv:1706.04599)"
+)->float: # Mean cross-entropy at the best temperature and share of a uniform guess; at most that of the guess
+    "Cross-entropy of `preds` without the effect of over- or underconfidence and of a few extreme logits (Zhang et al. 2020, arXiv:2003.07329)"
     preds,targs = preds.detach().float().as_subclass(Tensor),targs.as_subclass(Tensor)
-    return min(float(F.cross_entropy(preds*2**(k/4), targs)) for k in range(-16, 9))
+    logs = [-F.cross_entropy(preds*2**(k/4), targs, reduction='none') for k in range(-16, 9)]
+    def _mixed(log, share): return ((1-share)*log.exp()+share/preds.shape[1]).log() if share else log
+    return min(-float(_mixed(o, share).mean()) for o in logs for share in (0,.01,.02,.05,.1,.2,.5,1))
 
 # %% ../nbs/07c_points.ipynb #c555c250
 @dataclass
 class Point:
     "Weights that a fit could end with, and their results on the validation images"
     name:str # `'head'`, `'end'`, `'average'` or `'halfway'`
-    loss:float # Validation loss; for classes, at the best temperature
+    loss:float # Validation loss; for classes, as `tempered_loss` computes it
     value:float # The monitored metric
     row:list # Losses and metrics, as in `Recorder`
     taken:bool=False # Did the fit end with it?
@@ -159,7 +161,6 @@ def _validate(self:BestPoint, name):
         self._add(name, [*row[:len(row)-len(rec.log)], *rec.log])
     finally: rec.log = log
 
-
 # %% ../nbs/07c_points.ipynb #2608475f
 @patch
 def _put(self:BestPoint, name, end):
@@ -181,7 +182,7 @@ def _estimate_norms(self:BestPoint):
 _judged_at,_most_lost = .6,.5
 
 def lost_share(
-    loss:float, # Loss at the best temperature
+    loss:float, # Tempered loss
     head:float, # The same for the trained head
     targs:Tensor, # Class of each validation image
 )->float: # 0 for the head, and 1 for a model that knows only how frequent each class is; 0 if the head knows no more

@@ -3,7 +3,7 @@ import math
 
 import numpy as np,pytest,torch
 from torch import nn
-from fastai.vision.all import Callback,CrossEntropyLossFlat,BCEWithLogitsLossFlat,MSELossFlat
+from fastai.vision.all import *
 
 from fastai_discriminative.all import *
 from fastai_discriminative import phases as ph, points
@@ -65,6 +65,32 @@ def test_temperature_changes_nothing_else():
     assert tempered_loss(x, y)<=nn.functional.cross_entropy(x, y).item()+1e-6
     assert tempered_loss(x, y)<tempered_loss(x.roll(1, 0), y)<=math.log(4)+.01
 
+def _lost(x, y): return tempered_loss(x, y)/math.log(x.shape[1])
+
+@pytest.mark.parametrize('big', [1e2,1e4,1e8])
+def test_a_few_extreme_logits_do_not_decide(big):
+    torch.manual_seed(0)
+    x,y = torch.randn(300, 8),torch.randint(0, 8, (300,))
+    x[range(300),y] += 3
+    was,odd = _lost(x, y),x.clone()
+    odd[:6] = nn.functional.one_hot((y[:6]+1)%8, 8)*big
+    assert was<.6 and was<_lost(odd, y)<was+.1 # the six know nothing, which is 2 % of all
+    alone = min(nn.functional.cross_entropy(odd*2**(k/4), y).item() for k in range(-200, 9))/math.log(8)
+    assert big<1e3 or alone>.95 # the best temperature without a guess sees a model that knows nothing
+
+def test_a_model_that_knows_nothing_is_as_good_as_a_guess():
+    torch.manual_seed(0)
+    y = torch.randint(0, 5, (100,))
+    for scale in (0,1,1e6): assert tempered_loss(scale*torch.randn(100, 5), y)<=math.log(5)+1e-6
+    assert math.isnan(tempered_loss(torch.full((100,5), math.nan), y)) and math.isnan(tempered_loss(torch.full((100,5), math.inf), y))
+
+def test_the_share_of_a_guess_is_close_to_the_best():
+    torch.manual_seed(0)
+    x,y = torch.randn(300, 4),torch.randint(0, 4, (300,))
+    x[range(100,300),y[100:]] += 6 # two thirds are known, the others are noise
+    fine = min(-((1-s)*(x*t).softmax(1)[range(300),y]+s/4).log().mean().item() for t in np.geomspace(.1, 10, 60) for s in np.linspace(0, 1, 101))
+    assert fine-1e-6<=tempered_loss(x, y)<fine+.02
+
 def test_what_has_classes():
     x,y = torch.randn(4,3),torch.zeros(4).long()
     assert has_classes(CrossEntropyLossFlat(), x, (y,)) and has_classes(nn.CrossEntropyLoss(), x, (y,))
@@ -97,8 +123,15 @@ def test_the_fit_ends_with_the_point_that_was_picked(dls, lr):
     assert best.value>=ps[0].value
     assert list(map(float, learn.validate()))==pytest.approx(list(map(float, best.row[1:])), rel=1e-4)
 
-def test_a_body_that_lost_what_the_head_knew_ends_early_and_says_so(dls):
-    learn,look = ours(dls),Look()
+@pytest.fixture
+def known(bright):
+    "Validation images enough to be sure of a loss, which the head knows from training"
+    fs = get_image_files(bright)
+    block = DataBlock((ImageBlock,CategoryBlock), get_items=lambda _: fs*7, get_y=parent_label, splitter=IndexSplitter(range(len(fs), 7*len(fs))))
+    return block.dataloaders(bright, bs=8, num_workers=0)
+
+def test_a_body_that_lost_what_the_head_knew_ends_early_and_says_so(known):
+    learn,look = ours(known),Look()
     learn.fit_strategy(head_then(3.), 5, cbs=look)
     ps = look.best.points
     assert [p.name for p in ps]==['head','end','average','halfway'] and ps[0].taken
@@ -107,8 +140,8 @@ def test_a_body_that_lost_what_the_head_knew_ends_early_and_says_so(dls):
     assert 'ended after 3 of 5 epochs' in repr(AutoEvidence(1., 'accuracy', [], .3, [1e-3,1e-3], 'Why.', ps))
 
 @pytest.mark.parametrize('n_epoch,ran', [(1,1), (2,2), (3,2), (4,3)])
-def test_short_phases_end_early_only_after_three_fifths(dls, n_epoch, ran):
-    learn = ours(dls)
+def test_short_phases_end_early_only_after_three_fifths(known, n_epoch, ran):
+    learn = ours(known)
     learn.fit_strategy(head_then(3.), n_epoch)
     assert len(learn.recorder.values)==k+ran+1 # the last row is the head's
 
