@@ -3,7 +3,8 @@ import math
 
 import numpy as np,pytest,torch
 from torch import nn
-from fastai.vision.all import *
+from fastai.vision.all import Callback,CategoryBlock,CrossEntropyLossFlat,BCEWithLogitsLossFlat,DataBlock,ImageBlock,IndexSplitter,MSELossFlat
+from fastai.vision.all import get_image_files,parent_label
 
 from fastai_discriminative.all import *
 from fastai_discriminative import phases as ph, points
