@@ -105,6 +105,19 @@ def test_damage_is_0_for_nothing_and_1_for_everything(dls):
     learn.model.load_state_dict(state)
     assert at._seen(learn, batches)[0]==start
 
+def test_an_extreme_prediction_does_not_hide_what_a_head_knows(dls):
+    class Extreme(Callback):
+        n = 0
+        def after_pred(self):
+            if not self.n: self.learn.pred = torch.cat([nn.functional.one_hot((self.y[:1]+1)%3, 3)*1e4, self.pred[1:]])
+            self.n += 1
+    learn = ours(dls)
+    learn.fit_strategy('feature_extraction', 2)
+    batches = some_batches(learn, 4) # of training, which the head knows
+    start,chance = at._seen(learn, batches)
+    with learn.added_cbs(Extreme()): odd,odd_chance = at._seen(learn, batches)
+    assert start<odd<start+.6*(chance-start) and odd<odd_chance<=math.log(3)+1e-6
+
 def test_higher_rates_in_short_cycles_do_more_damage(dls):
     learn = ours(dls)
     learn.fit_strategy('feature_extraction', 2)
