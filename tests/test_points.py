@@ -146,6 +146,13 @@ def test_short_phases_end_early_only_after_three_fifths(known, n_epoch, ran):
     learn.fit_strategy(head_then(3.), n_epoch)
     assert len(learn.recorder.values)==k+ran+1 # the last row is the head's
 
+def test_few_images_cannot_end_a_phase(dls):
+    "On 15 images that a head hardly knows, even a ruined body may be chance"
+    learn,look = ours(dls),Look()
+    learn.fit_strategy(head_then(3.), 5, cbs=look)
+    ps = look.best.points
+    assert not any(p.note for p in ps) and len(learn.recorder.values)==k+5+1 and ps[0].taken
+
 @pytest.mark.parametrize('share,loss', [(.49,9.), (9.,0.), (math.nan,9.)])
 def test_a_loss_that_may_come_back_ends_nothing(dls, share, loss, monkeypatch):
     monkeypatch.setattr(points, 'lost_share', lambda *a: share)
