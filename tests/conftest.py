@@ -15,7 +15,21 @@ add_small_models()
 def pytest_addoption(parser):
     parser.addoption('--zoo', action='store_true', help='prove every architecture, not only the smallest of each kind')
     parser.addoption('--zoo-sample', type=int, metavar='SEED', help='prove a random thirtieth of all architectures besides')
+    parser.addoption('--cases', type=int, metavar='N', help='run at most N cases of each parametrised test, spread over all of them')
     parser.addoption('--kills', type=int, default=10, metavar='N', help='kill processes that write files so many times (default: 10)')
+
+def _spread(n, total):
+    "At most `n` of `total` places, the first and the last among them if `n` is 2 or more"
+    return range(total) if n>=total else {round(i*(total-1)/max(1, n-1)) for i in range(n)}
+
+def pytest_collection_modifyitems(config, items):
+    "Leave out what `--cases` does"
+    if not (n := config.getoption('--cases')): return
+    tests = {}
+    for o in items: tests.setdefault(o.nodeid.partition('[')[0], []).append(o)
+    taken = {cases[i] for cases in tests.values() for i in _spread(n, len(cases))}
+    config.hook.pytest_deselected(items=[o for o in items if o not in taken])
+    items[:] = [o for o in items if o in taken]
 
 _ours = ('PYTEST_', 'COV_')
 

@@ -213,6 +213,11 @@ def test_the_core_has_tests(monkeypatch):
     tool = _test_versions(monkeypatch)
     assert {*tool.core}<={*mods} and not [o for o in tool.tests() if not (root/o).is_file()]
 
+def test_cases_of_a_test_are_spread_over_all():
+    from conftest import _spread
+    assert sorted(_spread(4, 108))==[0,36,71,107] and set(_spread(1, 9))=={0} and set(_spread(4, 3))=={0,1,2}
+    assert all(len(set(_spread(4, n)))==min(4, n) for n in range(1, 200))
+
 def test_no_paths_of_one_machine():
     home = re.compile(r'(?<![\w.])/(?:home|root|Users)/\w')
     bad = []
