@@ -16,6 +16,7 @@ from dataclasses import dataclass,field,replace
 from fastai.basics import *
 
 from .core import *
+from .backbone import *
 from .probe import *
 from .ranks import *
 from .learner import *
@@ -72,12 +73,14 @@ class AutoEvidence:
     lrs:list # Peak rate of each group; `[]` if the body was not trained
     why:str # How the rates were chosen
     points:list=field(default_factory=list) # List of `Point` that the fit could end with
+    scale:float=1. # Factor of the head's logits, with which the body started to train
 
     def _title(self):
         rates = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g} over {len(self.lrs)} groups" if self.lrs else 'none: the body stays as it is'
         gain = " The body gained nothing on the validation images, so the head alone stays." if any(p.taken and p.name=='head' for p in self.points) and self.lrs else ''
+        start = f" The body started with the head's logits times {self.scale:.2g}, which fits the validation images better." if self.scale!=1 else ''
         early = ''.join(f' {p.note}' for p in self.points if p.note)
-        return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Rates of the body: {rates}. {self.why}{early}{gain}"
+        return f"auto: the head alone reached {self.monitor} {self.probe:.3f}. Rates of the body: {rates}. {self.why}{start}{early}{gain}"
     def _tables(self):
         "Headings and rows of the trials, and of the points that the fit could end with"
         tried = [(f'{t.lr:.2g}', f'{t.loss:.3f}', f'{t.damage:.2f}', 'yes' if t.damage<=self.bearable else 'no') for t in self.trials]
@@ -100,6 +103,28 @@ def _whole_batches(learn, k):
 
 def _trial_steps(n_steps): return min(_most_steps, int(_trial_share*n_steps/(1.2*_most_trials)))
 
+# %% ../nbs/08a_auto.ipynb #dd98657a
+def _last_linear(learn):
+    "The last linear layer of the new layers, if there is one that trains"
+    groups = learn.splitter.find(learn.model)
+    lins = [m for n,m in named_mods(learn.model).items() if isinstance(m, nn.Linear) and groups.group_of(n)>=groups.n_body]
+    return lins[-1] if lins and all(p.requires_grad for p in lins[-1].parameters()) else None
+
+def _scale_head(learn, scale):
+    "Multiply the logits by `scale` through the last layer; `False`, and nothing changed, if that is not possible"
+    lin,(b,) = _last_linear(learn),some_batches(learn, 1, 1)
+    if lin is None: return False
+    def _logits():
+        with torch.no_grad(), evaluating(learn.model): return batch_pred(learn, b)[0].detach().clone()
+    old,was = _logits(),[p.detach().clone() for p in lin.parameters()]
+    learn.best_point.start_average()
+    with torch.no_grad():
+        for p in lin.parameters(): p.mul_(scale)
+    if torch.allclose(_logits(), scale*old, rtol=1e-2, atol=1e-3*float(old.abs().max())): return True
+    with torch.no_grad():
+        for p,o in zip(lin.parameters(), was): p.copy_(o)
+    return False
+
 # %% ../nbs/08a_auto.ipynb #f7dd9a6a
 class _AutoRates:
     "Rates for the body, measured at the first epoch of its phase"
@@ -107,9 +132,16 @@ class _AutoRates:
     def __call__(self, learn, epoch):
         if not hasattr(learn, 'strategy_run'): return self.at(self.preset.lr_high, learn.splitter.find(learn.model)) # for a picture
         known = getattr(learn, 'auto_evidence', None)
-        lrs = known.lrs if known is not None and known.points is learn.best_point.points else self._measure(learn) # once a fit
+        lrs = known.lrs if known is not None and known.points is learn.best_point.points else self._measure(learn, self._calibrate(learn)) # once a fit
         if not lrs: raise CancelFitException
         return lrs
+
+    def _calibrate(self, learn):
+        "Scale the head's logits as its point says, if the fit has time for trials; the factor, or 1"
+        scale = of_rank_0(learn.best_point.points[-1].scale) if self._has_trials(learn) else 1.
+        return scale if scale!=1 and _scale_head(learn, scale) else 1.
+
+    def _has_trials(self, learn): return _trial_steps(fit_case(learn, n_epoch=self.n_epoch).n_steps)>=_least_steps
 
     def at(self, hi, groups):
         "A rate for each of `groups`: `hi` for the head and the end of the body, and at most a tenth of it at the start"
@@ -149,11 +181,11 @@ def _conclude(self:_AutoRates, trials, case):
     return share*top,f"A fit of {case.n_steps} steps bears up to {top:.2g}, and takes {share:.0%} of that."
 
 @patch
-def _measure(self:_AutoRates, learn):
+def _measure(self:_AutoRates, learn, scale=1.):
     "Try some rates; return the rates of the groups, or `[]` if the body cannot bear any"
     case,groups,kb = fit_case(learn, n_epoch=self.n_epoch),learn.splitter.find(learn.model),learn.best_point
     trials,hi,why = [],self.preset.lr_high,f"The fit is too short for trials ({case.n_steps} steps), so it takes the preset's rate."
-    if _trial_steps(case.n_steps)>=_least_steps:
+    if self._has_trials(learn):
         try:
             trials = self._search(learn, case.n_steps)
             hi,why = self._conclude(trials, case)
@@ -161,7 +193,7 @@ def _measure(self:_AutoRates, learn):
             why = f"It could not try rates on this model, so it takes the preset's. {type(e).__name__}: {e}"
             warnings.warn(f'`auto`: {why}')
     lrs = self.at(hi, groups) if hi else []
-    learn.auto_evidence = AutoEvidence(kb.value, kb.monitor, trials, _bearable(case.n_steps), lrs, why, kb.points)
+    learn.auto_evidence = AutoEvidence(kb.value, kb.monitor, trials, _bearable(case.n_steps), lrs, why, kb.points, scale)
     return lrs
 
 # %% ../nbs/08a_auto.ipynb #f138da39

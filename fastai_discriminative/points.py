@@ -65,15 +65,20 @@ def has_classes(
     f = getattr(loss_func, 'func', loss_func)
     return isinstance(f, nn.CrossEntropyLoss) and isinstance(pred, Tensor) and pred.ndim==2 and len(yb)==1 and yb[0].ndim==1
 
+def _tempered(preds, targs):
+    "The lowest loss over temperatures and shares of a uniform guess, and the factor of the logits for it; 1 if the guess is best"
+    preds,targs = preds.detach().float().as_subclass(Tensor),targs.as_subclass(Tensor)
+    logs = {2**(k/4):-F.cross_entropy(preds*2**(k/4), targs, reduction='none') for k in range(-16, 9)}
+    def _mixed(log, share): return ((1-share)*log.exp()+share/preds.shape[1]).log() if share else log
+    res = [(-float(_mixed(o, share).mean()), t if share<1 else 1.) for t,o in logs.items() for share in (0,.01,.02,.05,.1,.2,.5,1)]
+    return min(res, key=lambda o: o[0])
+
 def tempered_loss(
     preds:Tensor, # Logits, images x classes
     targs:Tensor, # Class of each image
 )->float: # Mean cross-entropy at the best temperature and share of a uniform guess; at most that of the guess
     "Cross-entropy of `preds` without the effect of over- or underconfidence (Guo et al. 2017, arXiv:1706.04599) and of a few extreme logits (Zhang et al. 2020, arXiv:2003.07329)"
-    preds,targs = preds.detach().float().as_subclass(Tensor),targs.as_subclass(Tensor)
-    logs = [-F.cross_entropy(preds*2**(k/4), targs, reduction='none') for k in range(-16, 9)]
-    def _mixed(log, share): return ((1-share)*log.exp()+share/preds.shape[1]).log() if share else log
-    return min(-float(_mixed(o, share).mean()) for o in logs for share in (0,.01,.02,.05,.1,.2,.5,1))
+    return _tempered(preds, targs)[0]
 
 # %% ../nbs/07c_points.ipynb #c555c250
 @dataclass
@@ -85,6 +90,7 @@ class Point:
     row:list # Losses and metrics, as in `Recorder`
     taken:bool=False # Did the fit end with it?
     note:str='' # Why the fit came here, if that was not planned
+    scale:float=1. # Factor of its logits at which the loss is that of `tempered_loss`: below 1 if the model is too sure
 
 def pick_point(
     points:list, # List of `Point`; the head alone comes first, if it is included
@@ -108,9 +114,12 @@ class BestPoint(KeepBest):
         run = self.learn.strategy_run
         return run.at==len(run.phases)-1>0
 
+    def start_average(self):
+        "Begin to average, from the current weights, which are those of the point `head`"
+        if self.average is None: self.average = WeightAverage(self.learn.model, self.learn.strategy_run.phase.n_epoch*len(self.learn.dl))
+
     def before_batch(self):
-        if self.training and self.is_last and self.average is None:
-            self.average = WeightAverage(self.learn.model, self.learn.strategy_run.phase.n_epoch*self.n_iter)
+        if self.training and self.is_last: self.start_average()
 
     def after_step(self):
         if self.average is None: return
@@ -147,8 +156,8 @@ class BestPoint(KeepBest):
 def _add(self:BestPoint, name, row, note=''):
     "Record the point `name`, which was just validated"
     preds = [torch.cat(o) for o in zip(*self._seen)]
-    loss = tempered_loss(*preds) if preds else float(row[self._loss])
-    self.points.append(Point(name, loss, float(row[self._i]), list(row), note=note))
+    loss,scale = _tempered(*preds) if preds else (float(row[self._loss]),1.)
+    self.points.append(Point(name, loss, float(row[self._i]), list(row), note=note, scale=scale))
 
 @patch
 def _validate(self:BestPoint, name):

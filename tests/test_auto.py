@@ -7,8 +7,8 @@ from torch import nn
 from fastai.vision.all import accuracy,Adam,Callback,CrossEntropyLossFlat,CutMix,error_rate,Learner,MixUp,set_seed
 
 from fastai_discriminative.all import *
-from fastai_discriminative import auto as at,phases as ph
-from fastai_discriminative.points import Point
+from fastai_discriminative import auto as at,phases as ph,points
+from fastai_discriminative.points import BestPoint,Point
 from fastai_discriminative.probe import some_batches
 from helpers import *
 from helpers import pre_ours as ours,ours as scratch
@@ -206,6 +206,65 @@ def test_a_model_whose_output_a_callback_unpacks(dls, telling):
     learn.fit_strategy('surgical', 1)
     learn.fit_strategy('auto', long(dls))
     assert learn.auto_evidence.trials
+
+# ---- a head that is too sure
+
+def logits(learn): return learn.get_preds(act=nn.Identity())[0]
+
+@pytest.fixture
+def too_sure(monkeypatch):
+    "Whatever a head says, half of it would be right"
+    stock = points._tempered
+    monkeypatch.setattr(points, '_tempered', lambda *a: (stock(*a)[0],.5))
+
+class Around(Callback):
+    "Weights when the head is trained, and when the body begins to train"
+    order = 80
+    def after_epoch(self):
+        if self.epoch==k-1: self.head = weights(self.learn)
+    def before_batch(self):
+        if self.training and self.epoch==k and not hasattr(self, 'start'): self.start = weights(self.learn)
+
+def last_layer(w): return [n for n in w if n.startswith('1.')][-1]
+
+def test_the_body_starts_from_a_head_that_is_less_sure_and_the_head_stays_as_it_was(dls, too_sure, monkeypatch, telling):
+    monkeypatch.setattr(points, 'pick_point', lambda ps, comp: ps[0]) # nothing gained
+    learn,seen = ours(dls),Around()
+    learn.fit_strategy('auto', long(dls), cbs=seen)
+    end,e = weights(learn),learn.auto_evidence
+    name = last_layer(end)
+    assert e.trials and e.scale==e.points[0].scale==.5 and "the head's logits times 0.5" in repr(e) and e.points[0].taken
+    assert torch.equal(seen.start[name], seen.head[name]*.5)
+    assert all(torch.equal(end[n], o) for n,o in seen.head.items() if 'num_batches' not in n)
+    assert list(map(float, learn.validate()))==pytest.approx(list(map(float, e.points[0].row[1:])))
+
+def test_a_short_fit_starts_from_the_head_as_it_is(dls, too_sure):
+    learn = ours(dls)
+    learn.fit_strategy('auto', 1)
+    assert not learn.auto_evidence.trials and learn.auto_evidence.scale==1 and 'logits' not in repr(learn.auto_evidence)
+
+class Unit(nn.Module):
+    def forward(self, x): return nn.functional.normalize(x)
+
+def with_end(learn, *end):
+    learn.model[1].extend(end)
+    return learn
+
+@pytest.mark.parametrize('end,scaled', [((), True), ((nn.Identity(),), True), ((Unit(),), False), ((nn.Softplus(),), False), ((nn.LayerNorm(3),), False), ((nn.Linear(3, 3), nn.Tanh()), False)])
+def test_logits_are_scaled_exactly_or_not_at_all(dls, end, scaled):
+    learn = with_end(ours(dls), *map(deepcopy, end))
+    learn.best_point = BestPoint()
+    learn.best_point.start_average = lambda: None
+    was,old = weights(learn),logits(learn)
+    assert at._scale_head(learn, .25)==scaled
+    if scaled: assert torch.allclose(logits(learn), old/4, rtol=1e-4, atol=1e-6) and len(changed(learn, was))==1
+    else: assert same(was, weights(learn))
+
+def test_a_head_that_was_frozen_by_hand_is_left_alone(dls):
+    learn = ours(dls)
+    list(learn.model[1].parameters())[-1].requires_grad_(False)
+    was = weights(learn)
+    assert not at._scale_head(learn, .5) and same(was, weights(learn))
 
 # ---- data that tell little
 

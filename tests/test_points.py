@@ -64,6 +64,7 @@ def test_temperature_changes_nothing_else():
     x[range(300),y] += 1
     assert tempered_loss(x, y)==pytest.approx(tempered_loss(x*4, y), rel=1e-5)
     assert tempered_loss(x, y)<=nn.functional.cross_entropy(x, y).item()+1e-6
+    assert points._tempered(x, y)[1]==4*points._tempered(x*4, y)[1]<2 and points._tempered(x.roll(1, 0), y)[1]==1
     assert tempered_loss(x, y)<tempered_loss(x.roll(1, 0), y)<=math.log(4)+.01
 
 def _lost(x, y): return tempered_loss(x, y)/math.log(x.shape[1])

@@ -3,7 +3,7 @@
 `nbdev-test` gives several notebooks to one process, in which order chance decides which of them see the patches of which.
 The processes are forked from one that has imported fastai, so that no notebook waits for that. What this package patches is not there yet.
 """
-import multiprocessing,os,sys
+import multiprocessing,os,sys,time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from fastcore.script import call_parse
@@ -22,11 +22,11 @@ def _run(path, save):
     sys.exit(not passed)
 
 def _test(save, path):
-    "Exit status of one notebook's test"
-    p = _fork.Process(target=_run, args=(path, save))
+    "Exit status of one notebook's test, and the seconds that it took"
+    p,start = _fork.Process(target=_run, args=(path, save)),time.time()
     p.start()
     p.join()
-    return path,p.exitcode
+    return path,p.exitcode,time.time()-start
 
 # The slowest first, so that no process waits for them at the end
 _slow = 'compare strategies report auto demo performance learner'.split()
@@ -44,6 +44,7 @@ def main(
     "Test notebooks, and fail if one of them does"
     nbs = [o.absolute() for o in sorted(nbglob(path, as_path=True), key=_order)]
     with ThreadPoolExecutor(n_workers) as ex: done = list(ex.map(partial(_test, save), nbs))
-    bad = [str(p) for p,rc in done if rc]
+    bad = [str(p) for p,rc,_ in done if rc]
+    print('slowest:', ', '.join(f'{p.stem} {s:.0f} s' for p,_,s in sorted(done, key=lambda o: -o[2])[:12]))
     print(f"{len(done)-len(bad)} of {len(done)} notebooks pass" + (f"; these do not: {', '.join(bad)}" if bad else ''))
     sys.exit(bool(bad))
