@@ -23,6 +23,7 @@ from fastai_discriminative.demo import demo_dls,folder_images
 from bench_data import archs,keras_cfg,keras_mb,sets
 from bench_peers import layer_decay_groups,plain_tensors
 from bench_step import machine
+from fastai_discriminative.auto import _AutoRates
 
 out = Path(__file__).parent/'results'/'tuned'
 
@@ -57,12 +58,23 @@ def scores(data, learn):
 
 # ---- ours
 
-def _auto(n_head, n_epoch, preset, groups):
-    first,*rest = find_strategy('auto').phases(n_epoch, preset, groups)
-    return [replace(first, n_epoch=n_head), *rest]
+class AsItIs(_AutoRates):
+    "The head's logits are not scaled before the body trains"
+    def _calibrate(self, learn): return 1.
 
-heads = {f'auto, {n} head epochs':n for n in (4,30)} # `auto` itself trains its head for ten cached epochs
-for k,n in heads.items(): register_strategy(k, keep_best=find_strategy('auto').keep_best)(partial(_auto, n))
+class FastHead(AsItIs):
+    "In the body phase too, the head is as fast as when it trained alone (`power` 1), or half of the way there on a log scale (.5)"
+    power = 1.
+    def at(self, hi, groups): return [*super().at(hi, groups)[:-1], hi*max(1., self.preset.head_lr/hi)**self.power]
+class MidHead(FastHead): power = .5
+
+def _auto(n_head, rates, n_epoch, preset, groups):
+    first,body = find_strategy('auto').phases(n_epoch, preset, groups)
+    return [replace(first, n_epoch=n_head), replace(body, lr=rates(preset, n_epoch))]
+
+# `auto` with something else than its own: it trains its head for ten cached epochs, and then scales its logits
+variants = {**{f'auto, {n} head epochs':(n,AsItIs) for n in (4,30)}, 'auto, head as it is':(10,AsItIs), 'auto, mid head':(10,MidHead), 'auto, fast head':(10,FastHead)}
+for k,o in variants.items(): register_strategy(k, keep_best=find_strategy('auto').keep_best)(partial(_auto, *o))
 
 # ---- peers
 
@@ -152,7 +164,7 @@ def logistic(learn, n_epoch, cbs):
 # ---- cases
 
 base_lrs,layer_lrs,cells = (2e-3,5e-3,1e-2,2e-2),(1e-4,3e-4,1e-3),(3e-5,1e-4,3e-4,1e-3)
-ours = {'head alone':'feature_extraction', "auto's head":[Phase(10, frozen=-1, cached=True)], 'auto':'auto', **{k:k for k in heads}}
+ours = {'head alone':'feature_extraction', "auto's head":[Phase(10, frozen=-1, cached=True)], 'auto':'auto', **{k:k for k in variants}}
 tuned = {'fine_tune': {f'fine_tune {lr:g}':partial(fine_tune, lr) for lr in base_lrs},
     'timm': {f'timm {lr:g}':partial(layer_decay, lr, .75, True, .1) for lr in layer_lrs},
     'slice': {f'slice {lr:g}':partial(lp_slice, lr) for lr in cells}}
