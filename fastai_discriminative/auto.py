@@ -116,14 +116,17 @@ def _scale_head(learn, scale):
     if lin is None: return False
     def _logits():
         with torch.no_grad(), evaluating(learn.model): return batch_pred(learn, b)[0].detach().clone()
-    old,was = _logits(),[p.detach().clone() for p in lin.parameters()]
+    def _set(values):
+        with torch.no_grad():
+            for p,o in zip(lin.parameters(), values): p.copy_(o)
+    old,was,done = _logits(),[p.detach().clone() for p in lin.parameters()],False
     learn.best_point.start_average()
-    with torch.no_grad():
-        for p in lin.parameters(): p.mul_(scale)
-    if torch.allclose(_logits(), scale*old, rtol=1e-2, atol=1e-3*float(old.abs().max())): return True
-    with torch.no_grad():
-        for p,o in zip(lin.parameters(), was): p.copy_(o)
-    return False
+    try:
+        _set([o*scale for o in was])
+        done = torch.allclose(_logits(), scale*old, rtol=1e-2, atol=1e-3*float(old.abs().max()))
+    finally:
+        if not done: _set(was)
+    return done
 
 # %% ../nbs/08a_auto.ipynb #f7dd9a6a
 class _AutoRates:
@@ -132,16 +135,14 @@ class _AutoRates:
     def __call__(self, learn, epoch):
         if not hasattr(learn, 'strategy_run'): return self.at(self.preset.lr_high, learn.splitter.find(learn.model)) # for a picture
         known = getattr(learn, 'auto_evidence', None)
-        lrs = known.lrs if known is not None and known.points is learn.best_point.points else self._measure(learn, self._calibrate(learn)) # once a fit
+        lrs = known.lrs if known is not None and known.points is learn.best_point.points else self._measure(learn) # once a fit
         if not lrs: raise CancelFitException
         return lrs
 
     def _calibrate(self, learn):
-        "Scale the head's logits as its point says, if the fit has time for trials; the factor, or 1"
-        scale = of_rank_0(learn.best_point.points[-1].scale) if self._has_trials(learn) else 1.
+        "Scale the head's logits as its point says; the factor, or 1"
+        scale = of_rank_0(learn.best_point.points[-1].scale)
         return scale if scale!=1 and _scale_head(learn, scale) else 1.
-
-    def _has_trials(self, learn): return _trial_steps(fit_case(learn, n_epoch=self.n_epoch).n_steps)>=_least_steps
 
     def at(self, hi, groups):
         "A rate for each of `groups`: `hi` for the head and the end of the body, and at most a tenth of it at the start"
@@ -181,12 +182,13 @@ def _conclude(self:_AutoRates, trials, case):
     return share*top,f"A fit of {case.n_steps} steps bears up to {top:.2g}, and takes {share:.0%} of that."
 
 @patch
-def _measure(self:_AutoRates, learn, scale=1.):
-    "Try some rates; return the rates of the groups, or `[]` if the body cannot bear any"
+def _measure(self:_AutoRates, learn):
+    "Scale the head's logits, and try some rates; return the rates of the groups, or `[]` if the body cannot bear any"
     case,groups,kb = fit_case(learn, n_epoch=self.n_epoch),learn.splitter.find(learn.model),learn.best_point
-    trials,hi,why = [],self.preset.lr_high,f"The fit is too short for trials ({case.n_steps} steps), so it takes the preset's rate."
-    if self._has_trials(learn):
+    scale,trials,hi,why = 1.,[],self.preset.lr_high,f"The fit is too short for trials ({case.n_steps} steps), so it takes the preset's rate."
+    if _trial_steps(case.n_steps)>=_least_steps:
         try:
+            scale = self._calibrate(learn)
             trials = self._search(learn, case.n_steps)
             hi,why = self._conclude(trials, case)
         except Exception as e:

@@ -34,7 +34,7 @@ def telling(monkeypatch):
 def measured(learn, preset, n_epoch):
     "What `auto` measures on `learn` outside of a fit"
     learn.strategy_run,learn.best_point = None,Point('head', 1., .5, [])
-    learn.best_point.points,learn.best_point.monitor = [],'accuracy'
+    learn.best_point.points,learn.best_point.monitor = [Point('head', 1., .5, [])],'accuracy'
     try: return at._AutoRates(preset, n_epoch)._measure(learn)
     finally: del learn.strategy_run,learn.best_point
 
@@ -242,6 +242,18 @@ def test_a_short_fit_starts_from_the_head_as_it_is(dls, too_sure):
     learn = ours(dls)
     learn.fit_strategy('auto', 1)
     assert not learn.auto_evidence.trials and learn.auto_evidence.scale==1 and 'logits' not in repr(learn.auto_evidence)
+
+def test_a_head_whose_scaling_fails_is_left_as_it_was(dls, too_sure, monkeypatch):
+    "What fails is the look at the scaled head: the fit goes on with the preset's rate, and says so"
+    stock,n = at.batch_pred,[]
+    def _second_fails(*args):
+        n.append(1)
+        if len(n)==2: raise RuntimeError('no way')
+        return stock(*args)
+    monkeypatch.setattr(at, 'batch_pred', _second_fails)
+    learn,seen = ours(dls),Around()
+    with pytest.warns(UserWarning, match='could not try rates.*RuntimeError: no way'): learn.fit_strategy('auto', long(dls), cbs=seen)
+    assert learn.auto_evidence.scale==1 and torch.equal(seen.start[(n := last_layer(seen.head))], seen.head[n])
 
 class Unit(nn.Module):
     def forward(self, x): return nn.functional.normalize(x)
