@@ -543,9 +543,9 @@ def check_line(args):
 
 fused = st.sampled_from(['fused_adamw','fused_adamw','fused_sgd'])
 properties = dict(folders=(check_folder, (folders,st.sampled_from([None,None,1,2,3,5,100]),st.sampled_from([.2,.5,.01,.99])), 200),
-    lines=(check_line, (lines,), 500), states=(check_state, (nets,fused,fused,st.sampled_from([None,None,2,3]),mutations), 200),
+    lines=(check_line, (lines,), 250), states=(check_state, (nets,fused,fused,st.sampled_from([None,None,2,3]),mutations), 200),
     checkpoints=(check_checkpoint, (nets,checkpoints,st.sampled_from(['own','own','timm','learner'])), 300),
-    models=(check_model, (nets,args), 700), stock=(check_stock, (nets,st.sampled_from(list(opts))), 100))
+    models=(check_model, (nets,args), 400), stock=(check_stock, (nets,st.sampled_from(list(opts))), 100))
 
 def run(name, n, seed=None, faults=None):
     "Try property `name` in `n` cases: always the same ones without a `seed`; collect what fails in `faults` (kind -> cases) if that is given"
