@@ -20,6 +20,7 @@ from fastai.vision.all import *
 from fastai.callback.schedule import SuggestionMethod
 from fastai_discriminative.all import *
 from fastai_discriminative.auto import _AutoRates
+from fastai_discriminative.points import tempered_loss
 from fastai_discriminative.demo import demo_dls,folder_images
 from bench_data import archs,keras_cfg,keras_mb,sets
 from bench_peers import layer_decay_groups,plain_tensors

@@ -44,7 +44,7 @@ def _scale_head(learn, scale):
     old,was,done = _logits(),[p.detach().clone() for p in lin.parameters()],False
     try:
         _set([o*scale for o in was])
-        done = torch.allclose(_logits(), scale*old, rtol=1e-2, atol=1e-3*float(old.abs().max()))
+        done = all_ranks_say(torch.allclose(_logits(), scale*old, rtol=1e-2, atol=1e-3*float(old.abs().max())))
     finally:
         if not done: _set(was)
     return done
@@ -135,12 +135,14 @@ class _AutoRates:
         if not hasattr(learn, 'strategy_run'): return self.at(self.preset.lr_high, learn.splitter.find(learn.model)) # for a picture
         known = getattr(learn, 'auto_evidence', None)
         lrs = known.lrs if known is not None and known.points is learn.best_point.points else self._measure(learn) # once a fit
-        if not lrs: raise CancelFitException
-        return lrs
+        if lrs: return lrs
+        if learn.best_point.average is not None: learn.best_point.average.apply(0.) # the head as it was
+        raise CancelFitException
 
     def _calibrate(self, learn):
-        "Scale the head's logits as its point says; the factor, or 1"
-        scale = of_rank_0(learn.best_point.points[-1].scale)
+        "Scale the head's logits as its point says, if it is too sure; the factor, or 1"
+        ps = learn.best_point.points
+        scale = of_rank_0(min(1., ps[-1].scale) if ps else 1.)
         if scale==1: return 1.
         learn.best_point.start_average() # before, so that the point `head` is the head as it was
         return scale if _scale_head(learn, scale) else 1.

@@ -66,12 +66,13 @@ def has_classes(
     return isinstance(f, nn.CrossEntropyLoss) and isinstance(pred, Tensor) and pred.ndim==2 and len(yb)==1 and yb[0].ndim==1
 
 def _tempered(preds, targs):
-    "The lowest loss over temperatures and shares of a uniform guess, and the factor of the logits for it; 1 if the guess is best"
+    "The lowest loss over temperatures and shares of a uniform guess, and the factor of the logits for it; 1 if the guess is best, or no loss is finite"
     preds,targs = preds.detach().float().as_subclass(Tensor),targs.as_subclass(Tensor)
     logs = {2**(k/4):-F.cross_entropy(preds*2**(k/4), targs, reduction='none') for k in range(-16, 9)}
     def _mixed(log, share): return ((1-share)*log.exp()+share/preds.shape[1]).log() if share else log
     res = [(-float(_mixed(o, share).mean()), t if share<1 else 1.) for t,o in logs.items() for share in (0,.01,.02,.05,.1,.2,.5,1)]
-    return min(res, key=lambda o: o[0])
+    loss,scale = min(res, key=lambda o: o[0])
+    return loss,scale if math.isfinite(loss) else 1.
 
 def tempered_loss(
     preds:Tensor, # Logits, images x classes
@@ -90,7 +91,7 @@ class Point:
     row:list # Losses and metrics, as in `Recorder`
     taken:bool=False # Did the fit end with it?
     note:str='' # Why the fit came here, if that was not planned
-    scale:float=1. # Factor of its logits at which the loss is that of `tempered_loss`: below 1 if the model is too sure
+    scale:float=1. # Factor of its logits for which `tempered_loss` is lowest: below 1 if the model is too sure
 
 def pick_point(
     points:list, # List of `Point`; the head alone comes first, if it is included

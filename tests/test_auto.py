@@ -81,14 +81,17 @@ def test_a_longer_one_tries_rates_and_stays_within_its_share(dls):
     assert len(e.trials)*1.2*at._trial_steps(n*len(dls.train))<=at._trial_share*n*len(dls.train)
     assert e.lrs[-1]==pytest.approx(.5*at._highest(e.trials, e.bearable)*at._longer(n*len(dls.train))) and e.lrs==sorted(e.lrs)
 
-def test_a_body_that_bears_nothing_stays_as_it_is(dls, monkeypatch):
+def never_finite(preds, targs): return torch.tensor(math.nan)
+
+@pytest.mark.parametrize('metric', [accuracy, never_finite])
+def test_a_body_that_bears_nothing_stays_as_it_is(dls, metric, too_sure, monkeypatch):
+    "Nor does the head stay scaled, also where no metric is finite, so that no weights were kept"
     monkeypatch.setattr(at, '_bearable', lambda n: -math.inf)
-    learn,start = ours(dls),None
-    start = weights(learn)
-    learn.fit_strategy('auto', long(dls))
+    learn,seen = ours(dls, metrics=metric),Around()
+    learn.fit_strategy('auto', long(dls), cbs=seen)
     e = learn.auto_evidence
-    assert not e.lrs and 'ruins more' in repr(e) and 'none: the body stays' in repr(e)
-    assert all(n.startswith('1.') or n.endswith('num_batches_tracked') for n in changed(learn, start))
+    assert e.scale==.5 and not e.lrs and 'ruins more' in repr(e) and 'none: the body stays' in repr(e)
+    assert not changed(learn, seen.head)
     assert len(learn.recorder.values)==k # the epoch that was given up has no row
 
 def test_damage_is_0_for_nothing_and_1_for_everything(dls):
@@ -237,6 +240,14 @@ def test_the_body_starts_from_a_head_that_is_less_sure_and_the_head_stays_as_it_
     assert torch.equal(seen.start[name], seen.head[name]*.5)
     assert all(torch.equal(end[n], o) for n,o in seen.head.items() if 'num_batches' not in n)
     assert list(map(float, learn.validate()))==pytest.approx(list(map(float, e.points[0].row[1:])))
+
+def test_a_head_that_is_not_sure_enough_stays_as_it_is(dls, monkeypatch):
+    stock = points._tempered
+    monkeypatch.setattr(points, '_tempered', lambda *a: (stock(*a)[0],2.))
+    learn,seen = ours(dls),Around()
+    learn.fit_strategy('auto', long(dls), cbs=seen)
+    e,name = learn.auto_evidence,last_layer(seen.head)
+    assert e.trials and e.scale==1 and e.points[0].scale==2 and 'logits' not in repr(e) and torch.equal(seen.start[name], seen.head[name])
 
 def test_a_short_fit_starts_from_the_head_as_it_is(dls, too_sure):
     learn = ours(dls)

@@ -84,7 +84,16 @@ def test_a_model_that_knows_nothing_is_as_good_as_a_guess():
     torch.manual_seed(0)
     y = torch.randint(0, 5, (100,))
     for scale in (0,1,1e6): assert tempered_loss(scale*torch.randn(100, 5), y)<=math.log(5)+1e-6
-    assert math.isnan(tempered_loss(torch.full((100,5), math.nan), y)) and math.isnan(tempered_loss(torch.full((100,5), math.inf), y))
+    for x in (math.nan,math.inf): assert math.isnan(tempered_loss(torch.full((100,5), x), y)) and points._tempered(torch.full((100,5), x), y)[1]==1
+
+def test_the_factor_of_a_model_that_is_too_sure():
+    torch.manual_seed(0)
+    x = torch.randn(300, 4)
+    y = torch.distributions.Categorical(logits=x).sample()
+    for sure in (2,4): assert points._tempered(sure*x, y)[1]==pytest.approx(1/sure, rel=.3)
+    one = sure*x
+    one[0,0] = math.nan # one image
+    assert points._tempered(one, y)[1]==1
 
 def test_the_share_of_a_guess_is_close_to_the_best():
     torch.manual_seed(0)

@@ -65,7 +65,7 @@ def test_two_processes_give_what_one_gives_with_twice_the_batch(ran, name):
 
 def test_trials_see_the_batch_of_all_processes(ran):
     a,b = _trained(ran[1:], 'trials')
-    assert len(a['trials'])>1
+    assert len(a['trials'])>1 and a['scale']==b['scale']==.5
     np.testing.assert_allclose(a['trials'], b['trials'], atol=1e-5)
     np.testing.assert_allclose(a['lrs'], b['lrs'], rtol=1e-6)
     assert [o[0] for o in a['points']]==[o[0] for o in b['points']]==['head','end','average','halfway']

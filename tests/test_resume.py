@@ -10,7 +10,7 @@ from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,EarlyStoppingC
     MixUp,Normalize,ReduceLROnPlateau,Resize,aug_transforms,error_rate,partial,set_seed)
 
 from fastai_discriminative.all import *
-from fastai_discriminative import auto as at_,resume as rs,same_fit,strategies as st
+from fastai_discriminative import auto as at_,points,resume as rs,same_fit,strategies as st
 from helpers import *
 from helpers import pre_ours as ours
 
@@ -34,6 +34,12 @@ class Cut(Callback):
             if self.n==self.at: self.stop()
             self.n += 1
     def stop(self): raise KeyboardInterrupt
+
+@pytest.fixture(autouse=True)
+def too_sure(monkeypatch):
+    "Let `auto` scale its head, which knows little here: whatever it says, half of it would be right"
+    stock = points._tempered
+    monkeypatch.setattr(points, '_tempered', lambda *a: (stock(*a)[0],.5))
 
 fits = dict(one_cycle=lambda l, **kw: l.fit_one_cycle(3, 'preset', **kw), lp_ft=lambda l, **kw: l.fit_strategy('lp_ft', 2, **kw),
     gradual=lambda l, **kw: l.fit_strategy('gradual_unfreeze', 3, **kw), auto=lambda l, **kw: l.fit_strategy('auto', 2, **kw))
@@ -85,7 +91,7 @@ def test_cut_off_at_some_batch(name, cuts, bright, tmp_path):
     fits[name](learn, resume=tmp_path/'fit.pt', cbs=spy)
     assert len(spy.lrs)==len(end['lrs'])-c//k*k and k==len(learn.dls.train)
     equal(end, state(learn))
-    assert name!='auto' or 'trial at' in end['evidence']
+    assert name!='auto' or 'trial at' in end['evidence'] and 'logits times' in end['evidence']
     assert sorted(o.name for o in tmp_path.iterdir())==['fit.pt'] and '_do_fit' not in vars(learn)
 
 def cut(path, fname, at, fit=fits['one_cycle'], cbs=(), make=first, **kwargs):
