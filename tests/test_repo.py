@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from fastcore.docments import docments
 import fastai.vision.all as fv,pytest
+from fastai_discriminative.compare import StrategyComparison
 
 root = Path(__file__).parent.parent
 pkg = root/'fastai_discriminative'
@@ -259,6 +260,12 @@ def test_modules_are_short():
 def test_few_private_names_cross_a_border():
     private = [f'{o.stem}: {m}.{n}' for o in sources for m,ns in _imports(ast.walk(_tree(o.stem))) for n in ns if re.match(r'_[^_]', n)]
     assert len(private)<=20, f"{len(private)} private names imported: {private}"
+
+@pytest.mark.parametrize('path', sorted((root/'benchmarks'/'results'/'tuned').glob('*.json')), ids=lambda o: o.stem)
+def test_a_comparison_holds_its_reference_and_no_failed_fit(path):
+    c = StrategyComparison.load(path)
+    assert c.reference in c.names and not any(j['error'] for j in c.jobs)
+    assert len({(j['strategy'],j['seed']) for j in c.jobs})==len(c.jobs)
 
 @pytest.mark.parametrize('path', sorted([*(root/'benchmarks').glob('*.py'), *(root/'tools').glob('*.py')]), ids=lambda o: o.name)
 def test_scripts_find_what_they_import(path):
