@@ -80,6 +80,13 @@ def own_families():
     _families.update(was)
     _find_name.cache_clear()
 
+@pytest.fixture
+def too_sure(monkeypatch):
+    "Whatever a head says, half of it would be right"
+    from fastai_discriminative import points
+    from helpers import with_factor
+    monkeypatch.setattr(points, '_tempered', with_factor(.5))
+
 # ---- data
 
 def _images(path, n, lo, hi):

@@ -8,6 +8,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 import fastai_discriminative.auto as auto_room,fastai_discriminative.points as points
 from fastai_discriminative.all import *
 from unittest.mock import patch as patched
+from helpers import with_factor
 
 n_train,n_valid,bs = 32,16,8
 
@@ -89,8 +90,7 @@ phases = [Phase(2, 1e-3, frozen=-1), Phase(3, 1e-3)]
 
 def _with_trials(learn):
     "`auto` as in a fit that is long enough for trials, from a head that is too sure"
-    stock = points._tempered
-    with patched.object(auto_room, '_trial_steps', lambda n: 6), patched.object(points, '_tempered', lambda *a: (stock(*a)[0],.5)): learn.fit_strategy('auto', 3)
+    with patched.object(auto_room, '_trial_steps', lambda n: 6), patched.object(points, '_tempered', with_factor(.5)): learn.fit_strategy('auto', 3)
 
 def cases():
     "Name -> function of the world's size that returns a learner, and one that trains it"

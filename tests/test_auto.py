@@ -214,12 +214,6 @@ def test_a_model_whose_output_a_callback_unpacks(dls, telling):
 
 def logits(learn): return learn.get_preds(act=nn.Identity())[0]
 
-@pytest.fixture
-def too_sure(monkeypatch):
-    "Whatever a head says, half of it would be right"
-    stock = points._tempered
-    monkeypatch.setattr(points, '_tempered', lambda *a: (stock(*a)[0],.5))
-
 class Around(Callback):
     "Weights when the head is trained, and when the body begins to train"
     order = 80
@@ -242,8 +236,7 @@ def test_the_body_starts_from_a_head_that_is_less_sure_and_the_head_stays_as_it_
     assert list(map(float, learn.validate()))==pytest.approx(list(map(float, e.points[0].row[1:])))
 
 def test_a_head_that_is_not_sure_enough_stays_as_it_is(dls, monkeypatch):
-    stock = points._tempered
-    monkeypatch.setattr(points, '_tempered', lambda *a: (stock(*a)[0],2.))
+    monkeypatch.setattr(points, '_tempered', with_factor(2.))
     learn,seen = ours(dls),Around()
     learn.fit_strategy('auto', long(dls), cbs=seen)
     e,name = learn.auto_evidence,last_layer(seen.head)

@@ -10,7 +10,7 @@ from fastai.vision.all import (Adam,Callback,CrossEntropyLossFlat,EarlyStoppingC
     MixUp,Normalize,ReduceLROnPlateau,Resize,aug_transforms,error_rate,partial,set_seed)
 
 from fastai_discriminative.all import *
-from fastai_discriminative import auto as at_,points,resume as rs,same_fit,strategies as st
+from fastai_discriminative import auto as at_,resume as rs,same_fit,strategies as st
 from helpers import *
 from helpers import pre_ours as ours
 
@@ -18,8 +18,8 @@ from helpers import pre_ours as ours
 def dls(bright): return bright_dls(bright)
 
 @pytest.fixture(autouse=True)
-def as_in_a_test(monkeypatch):
-    "A head in three cached epochs, trials in short fits too, and a file at the end of every epoch, however short"
+def as_in_a_test(monkeypatch, too_sure):
+    "A head in three cached epochs that is too sure, trials in short fits too, and a file at the end of every epoch, however short"
     monkeypatch.setattr(st._lp, '__defaults__', (3,))
     monkeypatch.setattr(rs, '_write_share', 0)
     monkeypatch.setattr(at_, '_trial_share', .9)
@@ -34,12 +34,6 @@ class Cut(Callback):
             if self.n==self.at: self.stop()
             self.n += 1
     def stop(self): raise KeyboardInterrupt
-
-@pytest.fixture(autouse=True)
-def too_sure(monkeypatch):
-    "Let `auto` scale its head, which knows little here: whatever it says, half of it would be right"
-    stock = points._tempered
-    monkeypatch.setattr(points, '_tempered', lambda *a: (stock(*a)[0],.5))
 
 fits = dict(one_cycle=lambda l, **kw: l.fit_one_cycle(3, 'preset', **kw), lp_ft=lambda l, **kw: l.fit_strategy('lp_ft', 2, **kw),
     gradual=lambda l, **kw: l.fit_strategy('gradual_unfreeze', 3, **kw), auto=lambda l, **kw: l.fit_strategy('auto', 2, **kw))

@@ -45,10 +45,9 @@ def chosen(config):
 
 def stepped(config):
     "The smallest of each kind that take real steps. Those of thirty million parameters and more take up to a minute each: all with `--zoo`, two by chance with `--zoo-sample`, as in CI"
-    large = [n for n in smallest() if int(stored[n]['params'])>3e7]
-    if config.option.zoo: return smallest()
-    some = [] if config.option.zoo_sample is None else random.Random(config.option.zoo_sample).sample(large, 2)
-    return sorted({*smallest()}-{*large}|{*some})
+    seed,large = config.option.zoo_sample,[n for n in smallest() if int(stored[n]['params'])>=3e7]
+    some = large if config.option.zoo else [] if seed is None else random.Random(seed).sample(large, 2)
+    return [n for n in smallest() if n not in large or n in some]
 
 def _step_params(config):
     "Large models train in one process, one after the other: two at once may not fit into memory"
