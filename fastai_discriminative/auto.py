@@ -136,7 +136,7 @@ class _AutoRates:
         known = getattr(learn, 'auto_evidence', None)
         lrs = known.lrs if known is not None and known.points is learn.best_point.points else self._measure(learn) # once a fit
         if lrs: return lrs
-        if learn.best_point.average is not None: learn.best_point.average.apply(0.) # the head as it was
+        if learn.best_point.average is not None: learn.best_point.average.first() # the head as it was
         raise CancelFitException
 
     def _calibrate(self, learn):
@@ -145,7 +145,9 @@ class _AutoRates:
         scale = of_rank_0(min(1., ps[-1].scale) if ps else 1.)
         if scale==1: return 1.
         learn.best_point.start_average() # before, so that the point `head` is the head as it was
-        return scale if _scale_head(learn, scale) else 1.
+        if not _scale_head(learn, scale): return 1.
+        learn.best_point.average.restart() # halfway is between the scaled head and the average
+        return scale
 
     def at(self, hi, groups):
         "A rate for each of `groups`: `hi` for the head and the end of the body, and at most a tenth of it at the start"

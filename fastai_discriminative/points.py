@@ -32,6 +32,12 @@ class WeightAverage:
         self.decay,self.n = max(0., 1-4/max(4, n_steps)),0
         self.live = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
         self.start,self.mean = ([t.detach().clone() for t in self.live] for _ in range(2))
+        self.before = {} # what `restart` replaced in `start`, by position
+
+    def restart(self):
+        "Count from the model's current weights; `first` still loads those from before"
+        self.before = {i:a for i,(a,t) in enumerate(zip(self.start, self.live)) if not torch.equal(a, t)}
+        for i in self.before: self.start[i],self.mean[i] = (self.live[i].detach().clone() for _ in range(2))
 
     def update(self):
         "Add the current weights to the average"
@@ -44,6 +50,11 @@ class WeightAverage:
         "Load the average into the model, or the point at `share` of the way from the start to it"
         with torch.no_grad():
             for t,a,b in zip(self.live, self.start, self.mean): t.copy_(torch.lerp(a, b, share))
+
+    def first(self):
+        "Load the weights with which the average was made, to the bit"
+        with torch.no_grad():
+            for i,(t,a) in enumerate(zip(self.live, self.start)): t.copy_(self.before.get(i, a))
 
     def state_dict(self)->dict: # Numbers and lists of tensors
         "Everything except the model's own weights"
@@ -175,7 +186,8 @@ def _validate(self:BestPoint, name):
 @patch
 def _put(self:BestPoint, name, end):
     "Load the weights of point `name` into the model"
-    if name!='end': self.average.apply(dict(head=0., halfway=.5, average=1.)[name])
+    if name=='head': self.average.first()
+    elif name!='end': self.average.apply(dict(halfway=.5, average=1.)[name])
     else:
         with torch.no_grad():
             for t,o in zip(self.average.live, end): t.copy_(o)

@@ -215,12 +215,13 @@ def test_a_model_whose_output_a_callback_unpacks(dls, telling):
 def logits(learn): return learn.get_preds(act=nn.Identity())[0]
 
 class Around(Callback):
-    "Weights when the head is trained, and when the body begins to train"
+    "Weights when the head is trained and when the body begins to train, and their average"
     order = 80
     def after_epoch(self):
         if self.epoch==k-1: self.head = weights(self.learn)
     def before_batch(self):
         if self.training and self.epoch==k and not hasattr(self, 'start'): self.start = weights(self.learn)
+    def after_fit(self): self.average = getattr(self.learn.best_point, 'average', None)
 
 def last_layer(w): return [n for n in w if n.startswith('1.')][-1]
 
@@ -234,6 +235,17 @@ def test_the_body_starts_from_a_head_that_is_less_sure_and_the_head_stays_as_it_
     assert torch.equal(seen.start[name], seen.head[name]*.5)
     assert all(torch.equal(end[n], o) for n,o in seen.head.items() if 'num_batches' not in n)
     assert list(map(float, learn.validate()))==pytest.approx(list(map(float, e.points[0].row[1:])))
+
+def test_halfway_is_between_the_scaled_head_and_the_average(dls, too_sure, monkeypatch):
+    monkeypatch.setattr(points, 'pick_point', lambda ps, comp: ps[3])
+    learn,seen = ours(dls),Around()
+    learn.fit_strategy('auto', long(dls), cbs=seen)
+    end,e = weights(learn),learn.auto_evidence
+    seen.average.apply()
+    mean = weights(learn)
+    name = last_layer(end)
+    assert e.scale==.5 and e.points[3].name=='halfway' and e.points[3].taken and not torch.equal(mean[name], seen.start[name])
+    assert all(torch.equal(end[n], torch.lerp(o, mean[n], .5)) for n,o in seen.start.items() if 'num_batches' not in n)
 
 def test_a_head_that_is_not_sure_enough_stays_as_it_is(dls, monkeypatch):
     monkeypatch.setattr(points, '_tempered', with_factor(2.))

@@ -53,6 +53,25 @@ def test_the_average_holds_statistics_and_leaves_counts_alone():
     avg.apply()
     assert all(torch.equal(t, o) for t,o in zip(avg.live, avg.mean))
 
+def test_the_average_counts_from_where_it_was_restarted_and_goes_back_to_the_first_weights():
+    m = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    avg,was = WeightAverage(m, 8),[t.detach().clone() for t in m.parameters()]
+    with torch.no_grad(): m[1].weight.mul_(.5)
+    avg.restart()
+    assert list(avg.before)==[2] and torch.equal(avg.before[2], was[2]) # nothing is kept twice
+    assert torch.equal(avg.start[2], was[2]*.5) and torch.equal(avg.mean[2], was[2]*.5)
+    with torch.no_grad():
+        for p in m.parameters(): p.add_(1)
+    assert torch.equal(avg.start[2], was[2]*.5)
+    avg.update()
+    other = WeightAverage(m, 1)
+    other.load_state_dict(avg.state_dict())
+    for a in (avg,other):
+        a.apply(.5)
+        torch.testing.assert_close(m[1].weight.detach(), .5*(was[2]*.5)+.5*avg.mean[2])
+        a.first()
+        assert all(torch.equal(p.detach(), o) for p,o in zip(m.parameters(), was))
+
 @pytest.mark.parametrize('n_steps', [0,1,4,5,10**6])
 def test_any_number_of_steps(n_steps): assert 0<=WeightAverage(nn.Linear(1,1), n_steps).decay<1
 

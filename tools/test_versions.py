@@ -1,7 +1,7 @@
 """Run the tests of the core on the oldest versions that we support, in an environment that is made for them and kept
 
     python tools/test_versions.py                  # on the versions of tools/oldest.txt
-    python tools/test_versions.py --cases 3        # the same with at most three cases of each test, as `.ci/run` does: a version breaks a call, not one value of many
+    python tools/test_versions.py --cases 2        # the same with at most two cases of each test, as `.ci/run` does: a version breaks a call, not one value of many
     python tools/test_versions.py --save           # write to tools/versions.json, and to CONTRIBUTING's table, what ran
     python tools/test_versions.py --newest --save  # the same tests on what is installed
 
