@@ -146,7 +146,7 @@ def _split_idxs(fi, seed, valid_pct, n_train):
 def demo_dls(
     path:str|Path|FolderImages, # As in `folder_images`, or its result
     n_train:int|None=None, # Number of training images; `None` for all that are not in the validation set
-    size:int=64, # Height and width in pixels; 64 is fast and for examples only: heads were 5 to 11 points worse than at 160
+    size:int=64, # Height and width in pixels; 64 is fast and for examples only: heads were 4 to 12 points worse than at 160
     bs:int=32, # Batch size
     seed:int=42, # Seed of the split
     valid_pct:float=.2, # Share of each class for validation, if the folder has no `valid`
