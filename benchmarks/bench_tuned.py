@@ -50,8 +50,8 @@ def learner(data, arch, size, n_train):
     if arch!='vit': learn.model.to(memory_format=torch.channels_last) # for all, fastai's too: the same arithmetic in two thirds of the time
     return learn
 
-def unseen(data, learn, most=3000):
-    "Images of set `data` that a fit left out, since it takes fewer than there are; at most `most`, always the same"
+def left_out(data, learn, most=3000):
+    "Images of set `data` that this fit left out, since it takes fewer than there are; at most `most`, always the same"
     fi,seen = images(data)[0],{*learn.dls.train_ds.items,*learn.dls.valid_ds.items}
     idxs = [i for i,f in enumerate(fi.files) if f not in seen]
     assert len(idxs)==len(fi.files)-len(seen)
@@ -59,10 +59,10 @@ def unseen(data, learn, most=3000):
     return replace(fi, files=[fi.files[i] for i in idxs], labels=[fi.labels[i] for i in idxs])
 
 def scores(data, learn):
-    "Accuracy and loss on images that no fit sees: `test` on those put aside, `more` on those that a fit left out. And accuracy on those to validate on: averaged weights come after the last row"
+    "Accuracy and loss on images that the fit did not see: `test` on those put aside for all fits, `more` on those that this one left out. And accuracy on those to validate on: averaged weights come after the last row"
     def _accuracy(preds, y): return (preds.argmax(1)==y).float().mean().item()
     res = dict(valid=_accuracy(*learn.get_preds()))
-    for k,t in dict(test=images(data)[1], more=unseen(data, learn)).items():
+    for k,t in dict(test=images(data)[1], more=left_out(data, learn)).items():
         if not t.files: continue
         preds,y = learn.get_preds(dl=learn.dls.test_dl(t.files), act=noop)[0],tensor([learn.dls.vocab.o2i[o] for o in t.labels])
         res |= {k:_accuracy(preds, y), f'{k}_loss':F.cross_entropy(preds, y).item(), f'{k}_loss_tempered':tempered_loss(preds, y), f'{k}_n':len(y)}

@@ -1606,6 +1606,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fastai_discriminative/points.py'),
                                               'fastai_discriminative.points.WeightAverage.__init__': ( 'points.html#weightaverage.__init__',
                                                                                                        'fastai_discriminative/points.py'),
+                                              'fastai_discriminative.points.WeightAverage._load': ( 'points.html#weightaverage._load',
+                                                                                                    'fastai_discriminative/points.py'),
                                               'fastai_discriminative.points.WeightAverage.apply': ( 'points.html#weightaverage.apply',
                                                                                                     'fastai_discriminative/points.py'),
                                               'fastai_discriminative.points.WeightAverage.first': ( 'points.html#weightaverage.first',

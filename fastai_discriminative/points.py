@@ -48,13 +48,15 @@ class WeightAverage:
         share:float=1. # Position between the start (0) and the average (1)
     ):
         "Load the average into the model, or the point at `share` of the way from the start to it"
-        with torch.no_grad():
-            for t,a,b in zip(self.live, self.start, self.mean): t.copy_(torch.lerp(a, b, share))
+        self._load(torch.lerp(a, b, share) for a,b in zip(self.start, self.mean))
 
     def first(self):
         "Load the weights with which the average was made, to the bit"
+        self._load(self.before.get(i, a) for i,a in enumerate(self.start))
+
+    def _load(self, values):
         with torch.no_grad():
-            for i,(t,a) in enumerate(zip(self.live, self.start)): t.copy_(self.before.get(i, a))
+            for t,o in zip(self.live, values): t.copy_(o)
 
     def state_dict(self)->dict: # Numbers and lists of tensors
         "Everything except the model's own weights"
@@ -187,10 +189,8 @@ def _validate(self:BestPoint, name):
 def _put(self:BestPoint, name, end):
     "Load the weights of point `name` into the model"
     if name=='head': self.average.first()
-    elif name!='end': self.average.apply(dict(halfway=.5, average=1.)[name])
-    else:
-        with torch.no_grad():
-            for t,o in zip(self.average.live, end): t.copy_(o)
+    elif name=='end': self.average._load(end)
+    else: self.average.apply(dict(halfway=.5, average=1.)[name])
     if name not in ('head','end') and self._moving: self._estimate_norms()
     copy_rank_0(self.average.live) # norm statistics are each process's own
 
